@@ -1,0 +1,1 @@
+"""The engine: a replica with prefix-sharing paged KV and an OpenAI API."""

@@ -1,0 +1,1 @@
+"""Kernels of the engine: each public op beside its slow reference twin."""

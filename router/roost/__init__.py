@@ -1,0 +1,1 @@
+"""Command line: composes the router, the engine and the load tests; holds no logic."""

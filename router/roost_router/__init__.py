@@ -1,0 +1,1 @@
+"""The router: a KV-aware reverse proxy for OpenAI-compatible replicas."""

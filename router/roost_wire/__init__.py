@@ -1,0 +1,1 @@
+"""The contract between router and replicas: block hashes, header names, load reports."""
