@@ -1,0 +1,135 @@
+"""Errors that a client sees, each with its owner, its status and its stable code.
+
+    RouterError
+    ├── ClientError                the request is at fault; sending it again will not help
+    │   ├── BadRequestError        400  invalid_request, invalid_json
+    │   ├── PathNotFoundError      404  not_found
+    │   ├── ModelNotFoundError     404  model_not_found
+    │   ├── MethodNotAllowedError  405  method_not_allowed
+    │   ├── BodyTooLargeError      413  body_too_large
+    │   └── EncodingError          415  unsupported_encoding
+    └── FleetError                 a replica, or all of them, is at fault; later may work
+        ├── NoReplicaError         503  no_replica
+        └── UpstreamError          502  upstream_error
+
+The body is always OpenAI's: {"error": {"message", "type", "param", "code"}}.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RouterError(Exception):
+    """Anything that ends a request with an error body."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+    #: Seconds for a Retry-After header, where trying again makes sense.
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+    def body(self) -> bytes:
+        """The JSON error body."""
+        return error_body(self.message, self.type, self.param, self.code)
+
+
+def error_body(message: str, kind: str, param: str | None, code: str | None) -> bytes:
+    """An error in OpenAI's shape, as JSON."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return msgspec.json.encode({"error": error})
+
+
+class ClientError(RouterError):
+    """The client sent something that cannot be served."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class BadRequestError(ClientError):
+    """The body, or the request itself, is malformed."""
+
+    code = "invalid_request"
+
+
+class PathNotFoundError(ClientError):
+    """The path is not one that the router serves; anything not listed is denied."""
+
+    status = 404
+    code = "not_found"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"no such path: {path}")
+
+
+class ModelNotFoundError(ClientError):
+    """No replica serves the model."""
+
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        served = ", ".join(known)
+        super().__init__(f"model '{model}' is not served here; served: {served}", param="model")
+
+
+class MethodNotAllowedError(ClientError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(f"{method} is not allowed on {path}; use {allowed}")
+        self.allowed = allowed
+
+
+class BodyTooLargeError(ClientError):
+    """The body exceeds the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"the request body exceeds {limit_bytes} bytes")
+
+
+class EncodingError(ClientError):
+    """The body is compressed, so its prompt cannot be read."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"content-encoding '{encoding}' is not supported; send it plain")
+
+
+class FleetError(RouterError):
+    """Replicas could not answer."""
+
+    status = 502
+
+
+class NoReplicaError(FleetError):
+    """No replica that could answer is up, or all of them were tried."""
+
+    status = 503
+    code = "no_replica"
+    retry_after_s = 1
+
+    def __init__(self, model: str, tried: int) -> None:
+        tail = f"; {tried} tried for this request" if tried else ""
+        super().__init__(f"no replica is ready to serve model '{model}'{tail}")
+
+
+class UpstreamError(FleetError):
+    """The replica broke off, or answered something that is not HTTP."""
+
+    code = "upstream_error"

@@ -1,0 +1,142 @@
+"""All replicas: who may take a request, and what reports and failures change. Pure.
+
+The poller (poll.py) and the data path bring evidence, this file turns it into state:
+
+    JOINING --answered--> UP --refused, or MAX_FAILED_POLLS late polls--> DOWN --answered--> UP
+
+A refused connection means the process is gone and its KV cache with it; so does another start
+time in its report. Both retire the replica's holder in the prefix index: a new epoch, with
+nothing known. A late answer changes nothing until it repeats: a busy replica is not a dead one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+from roost_router.errors import ModelNotFoundError, NoReplicaError
+from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
+from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.text_chain import TEXT_BLOCK_BYTES
+from roost_wire.load_report import LoadReport
+
+#: KV capacity assumed of a replica that does not report one.
+DEFAULT_KV_CAPACITY_TOKENS = 262_144
+#: English text in a 32k to 150k vocabulary; traffic corrects it.
+PRIOR_BYTES_PER_TOKEN = 4.0
+#: Capacity in blocks is set anew only when it moved by more than this share.
+_RESIZE_SHARE = 0.05
+
+
+class Fleet:
+    """The replicas of one router."""
+
+    def __init__(self, index: PrefixIndex, urls: Iterable[str]) -> None:
+        self._index = index
+        self._bytes_per_token = PRIOR_BYTES_PER_TOKEN
+        self._capacity_blocks: dict[int, int] = {}
+        self.replicas = [
+            Replica(f"r{number}", url, self._open_holder(DEFAULT_KV_CAPACITY_TOKENS))
+            for number, url in enumerate(urls)
+        ]
+
+    def __repr__(self) -> str:
+        return f"<Fleet {self.replicas!r}>"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether at least one replica can take requests."""
+        return any(replica.is_up for replica in self.replicas)
+
+    def models(self) -> dict[str, list[Replica]]:
+        """Model id -> replicas that serve it and are up."""
+        served: dict[str, list[Replica]] = {}
+        for replica in self.replicas:
+            if replica.is_up:
+                for model in replica.models:
+                    served.setdefault(model, []).append(replica)
+        return served
+
+    def candidates(self, model: str, tried: frozenset[str]) -> list[Replica]:
+        """Replicas that could answer for `model`, without those named in `tried`.
+
+        Raises ModelNotFoundError when replicas have told what they serve and none ever named
+        `model`; NoReplicaError when nobody is left who could answer.
+        """
+        found = [r for r in self.replicas if r.is_up and model in r.models and r.name not in tried]
+        if found:
+            return found
+        known = {name for replica in self.replicas for name in replica.models}
+        if known and model not in known:
+            raise ModelNotFoundError(model, sorted(known))
+        raise NoReplicaError(model, tried=len(tried))
+
+    def prefill_tokens_per_s(self, replica: Replica) -> float:
+        """Fitted speed; before the first fit the fleet's median.
+
+        So a new replica is neither flooded nor starved.
+        """
+        if not replica.speed.num_observed:
+            fitted = [
+                other.speed.prefill_tokens_per_s
+                for other in self.replicas
+                if other.speed.num_observed
+            ]
+            if fitted:
+                return median(fitted)
+        return replica.speed.prefill_tokens_per_s
+
+    def answered(self, replica: Replica, models: Iterable[str], report: LoadReport) -> None:
+        """A poll succeeded: `replica` is up, serves `models` and reports `report`."""
+        known = replica.started_at is not None and report.started_at is not None
+        if known and replica.started_at != report.started_at:
+            self._new_epoch(replica)
+        replica.state = ReplicaState.UP
+        replica.num_failed_polls = 0
+        replica.models = tuple(models)
+        replica.started_at = report.started_at
+        replica.kv_capacity_tokens = report.kv_capacity_tokens
+        self._resize(replica)
+
+    def refused(self, replica: Replica) -> None:
+        """Nobody listens at `replica`'s address: down, and its cache is gone."""
+        if self._index.num_blocks(replica.holder):
+            self._new_epoch(replica)
+        if replica.is_up:
+            replica.state = ReplicaState.DOWN
+
+    def poll_failed(self, replica: Replica) -> None:
+        """A poll timed out or answered nonsense; it counts only when it repeats."""
+        replica.num_failed_polls += 1
+        if replica.num_failed_polls >= MAX_FAILED_POLLS and replica.is_up:
+            replica.state = ReplicaState.DOWN
+
+    def set_bytes_per_token(self, bytes_per_token: float) -> None:
+        """Prompts turned out to have `bytes_per_token`: capacities in blocks follow."""
+        self._bytes_per_token = bytes_per_token
+        for replica in self.replicas:
+            self._resize(replica)
+
+    def _open_holder(self, capacity_tokens: int) -> int:
+        blocks = self._blocks(capacity_tokens)
+        holder = self._index.open_holder(blocks)
+        self._capacity_blocks[holder] = blocks
+        return holder
+
+    def _new_epoch(self, replica: Replica) -> None:
+        self._index.retire(replica.holder)
+        del self._capacity_blocks[replica.holder]
+        replica.holder = self._open_holder(self._capacity_tokens(replica))
+
+    def _resize(self, replica: Replica) -> None:
+        blocks = self._blocks(self._capacity_tokens(replica))
+        before = self._capacity_blocks[replica.holder]
+        if abs(blocks - before) > _RESIZE_SHARE * before:
+            self._capacity_blocks[replica.holder] = blocks
+            self._index.set_capacity(replica.holder, blocks)
+
+    def _capacity_tokens(self, replica: Replica) -> int:
+        return replica.kv_capacity_tokens or DEFAULT_KV_CAPACITY_TOKENS
+
+    def _blocks(self, tokens: int) -> int:
+        return max(1, int(tokens * self._bytes_per_token) // TEXT_BLOCK_BYTES)

@@ -1,0 +1,87 @@
+"""One replica as the router sees it: is it up, what does it serve, what has it to do. Pure.
+
+Load is counted here at decision time, in tokens, and released as the stream shows progress:
+
+    place        queued_tokens += uncached          (prefill not yet seen to be done)
+    first byte   queued_tokens -= uncached, num_decoding += 1
+    end          num_decoding -= 1
+
+`recent_uncached_tokens` is the prefill work placed lately, fading with RECENT_S. It breaks ties
+between idle replicas: without it, paced traffic finds every count at zero, always takes the
+first replica, and that replica's cache then re-elects it for ever (seen in AMD Infera's field
+trace).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from math import exp
+
+from roost_router.fleet.speed import Speed
+
+RECENT_S = 60.0
+#: Failed polls in a row before a replica that merely answers late counts as down.
+MAX_FAILED_POLLS = 3
+
+
+class ReplicaState(Enum):
+    """What the router may do with a replica."""
+
+    JOINING = "joining"  # never answered yet
+    UP = "up"
+    DOWN = "down"
+
+
+class Replica:
+    """State and load of one replica; changed only by fleet.py and placement.py."""
+
+    def __init__(self, name: str, url: str, holder: int) -> None:
+        self.name = name
+        self.url = url
+        self.holder = holder  # its current epoch in the prefix index
+        self.state = ReplicaState.JOINING
+        self.models: tuple[str, ...] = ()
+        self.kv_capacity_tokens: int | None = None
+        self.started_at: float | None = None
+        self.num_failed_polls = 0
+        self.speed = Speed()
+        self.queued_tokens = 0
+        self.num_in_flight = 0
+        self.num_decoding = 0
+        self._recent_tokens = 0.0
+        self._recent_at = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<Replica {self.name} {self.state.value} | {self.num_in_flight} in flight, "
+            f"{self.num_decoding} decoding, {self.queued_tokens} tokens queued>"
+        )
+
+    @property
+    def is_up(self) -> bool:
+        """Whether requests may be placed here."""
+        return self.state is ReplicaState.UP
+
+    def recent_uncached_tokens(self, now: float) -> float:
+        """Prefill work placed here, faded to `now` (seconds)."""
+        return self._recent_tokens * exp(-max(0.0, now - self._recent_at) / RECENT_S)
+
+    def reserve(self, uncached_tokens: int, now: float) -> None:
+        """Count a request that was just placed here."""
+        self._recent_tokens = self.recent_uncached_tokens(now) + uncached_tokens
+        self._recent_at = now
+        self.queued_tokens += uncached_tokens
+        self.num_in_flight += 1
+
+    def start_decoding(self, uncached_tokens: int) -> None:
+        """The first byte came: the prefill is done, a stream is running."""
+        self.queued_tokens -= uncached_tokens
+        self.num_decoding += 1
+
+    def release(self, uncached_tokens: int, *, decoding: bool) -> None:
+        """The request left, either while decoding or still queued."""
+        if decoding:
+            self.num_decoding -= 1
+        else:
+            self.queued_tokens -= uncached_tokens
+        self.num_in_flight -= 1

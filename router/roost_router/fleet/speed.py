@@ -1,0 +1,63 @@
+"""How fast a replica is, fitted online from what its streams show. Pure.
+
+Prefill: time to first token is close to linear in the uncached tokens that had to be computed
+before it (those queued ahead included),
+
+    ttft_s = overhead_s + work_tokens / prefill_tokens_per_s
+
+fitted by least squares with exponential forgetting (each observation weighs _KEEP times the
+next) and a weak prior, so that the fit is defined from the first observation on and follows a
+replica whose speed changes. Decode: `decode_s` is what one more running stream adds to a step,
+an average of inter-token latency / streams running.
+
+Rejected: a constant in tokens for a running stream (150 in the prototype). It is right for one
+machine only; seconds carry over to any.
+"""
+
+_KEEP = 0.95
+_PRIOR_WEIGHT = 0.05
+_PRIOR_TOKENS = 1000.0
+_PRIOR_OVERHEAD_S = 0.02
+_PRIOR_PREFILL_TOKENS_PER_S = 2000.0
+_PRIOR_DECODE_S = 0.005
+_MIN_S_PER_TOKEN = 1e-7  # 10 M tokens/s: beyond any hardware, keeps the slope positive
+
+_Sums = tuple[float, ...]
+
+
+class Speed:
+    """Fitted speeds of one replica."""
+
+    def __init__(self) -> None:
+        self.num_observed = 0
+        self.decode_s = _PRIOR_DECODE_S
+        # Weighted sums of work x, ttft y: the prior is two points, one idle, one of 1,000 tokens.
+        slow = _PRIOR_OVERHEAD_S + _PRIOR_TOKENS / _PRIOR_PREFILL_TOKENS_PER_S
+        self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
+        self._prior = _added(self._prior, _sums(_PRIOR_WEIGHT, _PRIOR_TOKENS, slow))
+        self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def observe_ttft(self, work_tokens: float, ttft_s: float) -> None:
+        """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
+        decayed = tuple(_KEEP * part for part in self._data)
+        self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
+        self.num_observed += 1
+
+    def observe_itl(self, itl_s: float, num_streams: int) -> None:
+        """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
+        self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Slope of the fit, inverted; always positive and finite."""
+        weight, x, y, xx, xy = _added(self._prior, self._data)
+        slope = (weight * xy - x * y) / (weight * xx - x * x)
+        return 1.0 / max(slope, _MIN_S_PER_TOKEN)
+
+
+def _sums(weight: float, x: float, y: float) -> _Sums:
+    return (weight, weight * x, weight * y, weight * x * x, weight * x * y)
+
+
+def _added(left: _Sums, right: _Sums) -> _Sums:
+    return tuple(a + b for a, b in zip(left, right, strict=True))

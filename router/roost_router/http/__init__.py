@@ -1,0 +1,1 @@
+"""The data path: raw protocols on both sides. Knows HTTP, decides nothing."""

@@ -1,0 +1,261 @@
+"""A client's connection: read requests, hand them over one at a time, write answers.
+
+Knows HTTP/1.1 and its limits, decides nothing else. Any malformed byte answers 400 and closes:
+after it, nobody can know where the next request begins. Requests that a client pipelines wait
+in order; reading never pauses for good while one is served, for a paused socket cannot tell
+that its client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Protocol
+
+import httptools
+import msgspec
+
+from roost_router.errors import BadRequestError, BodyTooLargeError, RouterError
+from roost_router.http.head import Headers, response_head
+
+MAX_HEAD_BYTES = 64 * 1024
+MAX_HEADERS = 128
+#: Bytes a client may send ahead of the answer it waits for before it is cut off.
+_MAX_PIPELINED = 64
+
+
+class Request(msgspec.Struct):
+    """One request as it was read."""
+
+    method: bytes
+    target: bytes  # path and query, as sent
+    headers: Headers
+    body: bytes
+    keep_alive: bool  # never for HTTP/1.0
+    is_http_1_0: bool  # cannot read a chunked answer
+
+
+class Answering(Protocol):
+    """A request being served."""
+
+    def start(self) -> None:
+        """Begin; ends with `Downstream.finish`."""
+        ...
+
+    def client_gone(self) -> None:
+        """Stop: nobody will read the answer."""
+        ...
+
+    def pause(self) -> None:
+        """The client's buffer is full."""
+        ...
+
+    def resume(self) -> None:
+        """The client's buffer has room again."""
+        ...
+
+
+class Service(Protocol):
+    """What a connection needs of the router."""
+
+    max_body_bytes: int
+    is_draining: bool
+
+    def opened(self, client: Downstream) -> None:
+        """A client connected."""
+        ...
+
+    def closed(self, client: Downstream) -> None:
+        """A client is gone."""
+        ...
+
+    def answer(self, client: Downstream, request: Request) -> Answering:
+        """Make the exchange that will serve `request`."""
+        ...
+
+
+class Downstream(asyncio.Protocol):
+    """One connection from a client."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._waiting: deque[Request] = deque()
+        self._active: Answering | None = None
+        self._is_closing = False  # no further request is read
+        self._reset()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being served or waiting."""
+        return self._active is None and not self._waiting
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of the answer."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def finish(self, *, keep_alive: bool) -> None:
+        """The answer is complete; serve the next request or close."""
+        self._active = None
+        if not keep_alive or self._is_closing or self._service.is_draining:
+            self.close()
+        elif self._waiting:
+            self._serve_next()
+
+    def close(self) -> None:
+        """Close once all is written."""
+        self._is_closing = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Cut the connection: the client must not take what it got for a whole answer.
+
+        What is written already is flushed (a last error event must arrive); the missing end of
+        the chunked body is what tells the client.
+        """
+        self._active = None
+        self.close()
+
+    def refuse(self, error: RouterError) -> None:
+        """Answer an error outside any exchange, and close."""
+        self._is_closing = True
+        body = error.body()
+        headers = [(b"content-type", b"application/json")]
+        framing = [b"content-length: %d" % len(body)]
+        self.write(response_head(error.status, headers, framing=framing, keep_alive=False) + body)
+        self.close()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: a client connected."""
+        self._transport = transport  # type: ignore[assignment]
+        self._service.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """asyncio: the client is gone."""
+        self._transport = None
+        self._is_closing = True
+        self._service.closed(self)
+        self._waiting.clear()
+        active, self._active = self._active, None
+        if active is not None:
+            active.client_gone()
+
+    def pause_writing(self) -> None:
+        """asyncio: the client reads too slowly."""
+        if self._active is not None:
+            self._active.pause()
+
+    def resume_writing(self) -> None:
+        """asyncio: the client has caught up."""
+        if self._active is not None:
+            self._active.resume()
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes from the client."""
+        if self._is_closing:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # Answer in HTTP/1.1, as RFC 9110 §7.8 allows; what follows may be anything.
+            self._is_closing = True
+            if self.is_idle:
+                self.close()
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__
+            self._stop(cause if isinstance(cause, RouterError) else BadRequestError(str(error)))
+        except httptools.HttpParserError as error:
+            self._stop(BadRequestError(f"the request is not valid HTTP/1.1: {error}"))
+
+    # llhttp's side; an exception raised here ends feed_data
+
+    def on_message_begin(self) -> None:
+        """llhttp: a request begins."""
+        self._reset()
+
+    def on_url(self, url: bytes) -> None:
+        """llhttp: some of the target."""
+        self._target += url
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """llhttp: a header line, or a trailer (dropped)."""
+        self._count_head(len(name) + len(value))
+        if not self._has_head:
+            self._headers.append((name.lower(), value))
+            if len(self._headers) > MAX_HEADERS:
+                raise HeadTooLargeError(f"more than {MAX_HEADERS} headers")
+
+    def on_headers_complete(self) -> None:
+        """llhttp: the head is complete; judge the announced size before the body comes."""
+        self._has_head = True
+        for name, value in self._headers:
+            if name == b"content-length" and int(value) > self._service.max_body_bytes:
+                raise BodyTooLargeError(self._service.max_body_bytes)
+            if name == b"expect" and value.lower() == b"100-continue" and self.is_idle:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, data: bytes) -> None:
+        """llhttp: some of the body."""
+        self._body_bytes += len(data)
+        if self._body_bytes > self._service.max_body_bytes:
+            raise BodyTooLargeError(self._service.max_body_bytes)
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        """llhttp: a request is complete."""
+        if len(self._waiting) >= _MAX_PIPELINED:
+            raise BadRequestError(f"more than {_MAX_PIPELINED} pipelined requests")
+        is_http_1_0 = self._parser.get_http_version() == "1.0"
+        request = Request(
+            method=self._parser.get_method(),
+            target=self._target,
+            headers=self._headers,
+            body=self._body[0] if len(self._body) == 1 else b"".join(self._body),
+            keep_alive=self._parser.should_keep_alive() and not is_http_1_0,
+            is_http_1_0=is_http_1_0,
+        )
+        self._waiting.append(request)
+        self._reset()
+        if self._active is None:
+            self._serve_next()
+
+    def _serve_next(self) -> None:
+        exchange = self._service.answer(self, self._waiting.popleft())
+        self._active = exchange
+        exchange.start()
+
+    def _stop(self, error: RouterError) -> None:
+        """Refuse what was read, unless an answer is under way: then only read no further."""
+        self._is_closing = True
+        if self._active is None:
+            self.refuse(error)
+        else:  # its client broke the framing: stop the work and cut
+            active, self._active = self._active, None
+            active.client_gone()
+            self.close()
+
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLargeError(f"the request head exceeds {MAX_HEAD_BYTES} bytes")
+
+    def _reset(self) -> None:
+        self._target = b""
+        self._headers: Headers = []
+        self._head_bytes = 0
+        self._has_head = False
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+
+class HeadTooLargeError(BadRequestError):
+    """Too many or too long header lines."""
+
+    status = 431
+    code = "head_too_large"

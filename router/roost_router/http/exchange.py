@@ -1,0 +1,366 @@
+"""One request to a replica and its answer back: the life of a request on the data path.
+
+    start ──► place ──► send ──► head ──► body … ──► end
+                ▲         │        └ a stream is relayed as it comes
+                └─ lost ──┘        └ anything else is held until complete, then sent at once
+
+Up to the first byte sent to the client a lost replica costs nothing: the request is placed
+again, without the replicas that failed. A whole (non-streamed) answer is held until complete,
+since no client can use half of it, so it survives a replica's death until its last byte; an
+answer over MAX_HELD_BYTES is relayed like a stream. After the first byte the loss is reported:
+one error event, no [DONE], and the connection is cut. A stream that ends without [DONE] counts
+as lost, never as a success.
+
+This shell moves bytes and calls the placer at its four moments; what to do where is decided in
+placement.py. Everything runs in event-loop callbacks; the one await is dialling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from roost_router.errors import RouterError, UpstreamError, error_body
+from roost_router.http.head import Headers, end_to_end, get_header, request_head, response_head
+from roost_router.openai_request import RoutingFields
+from roost_router.placement import Placement
+from roost_router.sse import SseObserver, Usage, read_usage
+from roost_wire import headers as names
+
+if TYPE_CHECKING:
+    from roost_router.http.downstream import Downstream, Request
+    from roost_router.http.service import DataService
+    from roost_router.http.upstream import Upstream
+
+#: A non-streamed answer up to this size is held until it is complete.
+MAX_HELD_BYTES = 4 << 20
+
+
+class Outcome(Enum):
+    """How a request ended; a metric label."""
+
+    OK = "ok"
+    CLIENT_ERROR = "client_error"  # 4xx, ours or the replica's
+    SERVER_ERROR = "server_error"  # 5xx, ours or the replica's
+    CLIENT_GONE = "client_gone"
+    CUT = "cut"  # the replica died after the first byte was sent
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What observers are told of a finished request."""
+
+    model: str
+    replica: str | None
+    outcome: Outcome
+    status: int
+    attempts: int
+    duration_s: float
+    ttft_s: float | None
+    matched_tokens: int | None  # predicted
+    cached_tokens: int | None  # reported
+    prompt_tokens: int | None  # reported
+
+
+class _Leg:
+    """What one attempt on one replica has shown so far."""
+
+    def __init__(self) -> None:
+        self.status = 0  # 0 until the replica's head came
+        self.headers: Headers = []
+        self.is_relaying = False  # the head went to the client: no way back
+        self.sse: SseObserver | None = None  # set for a stream
+        self.held: list[bytes] = []
+        self.held_bytes = 0
+        self.ttft_s: float | None = None
+        self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None
+
+
+class Exchange:
+    """Serves one completion request."""
+
+    def __init__(
+        self, service: DataService, client: Downstream, request: Request, fields: RoutingFields
+    ) -> None:
+        self._service = service
+        self._client = client
+        self._request = request
+        self._fields = fields
+        self._request_id = service.request_id(request)
+        self._started_at = service.now()
+        self._placement: Placement | None = None
+        self._upstream: Upstream | None = None
+        self._dialling: asyncio.Task[None] | None = None
+        self._attempts = 0
+        self._tried: frozenset[str] = frozenset()
+        self._is_over = False
+        self._leg = _Leg()
+
+    def start(self) -> None:
+        """Place the request and send it; ends in `_finish`, `_fail` or `client_gone`."""
+        self._attempts += 1
+        try:
+            self._placement = self._service.placer.place(
+                self._fields, self._service.now(), self._tried
+            )
+        except RouterError as error:
+            self._fail(error)
+            return
+        upstream = self._service.pool(self._placement.replica).try_idle()
+        if upstream is None:
+            self._dialling = asyncio.ensure_future(self._dial())
+        else:
+            self._send(upstream)
+
+    def client_gone(self) -> None:
+        """The client closed: closing the replica's connection aborts its work."""
+        if not self._is_over:
+            self._end(Outcome.CLIENT_GONE, 499)
+
+    def pause(self) -> None:
+        """Back-pressure from the client goes to the replica."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    # the replica's side (upstream.Listener)
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        """The answer begins: relay a stream at once, hold anything else."""
+        assert self._placement is not None
+        leg, now = self._leg, self._service.now()
+        leg.status, leg.headers = status, headers
+        content_type = get_header(headers, "content-type") or b""
+        is_stream = status == 200 and content_type.startswith(b"text/event-stream")
+        if status == 200:  # an error computed nothing: its blocks are taken back at the end
+            self._service.placer.first_byte(self._placement, now, streamed=is_stream)
+        self._learn(_int(headers, names.PROMPT_TOKENS), _int(headers, names.CACHED_TOKENS))
+        if is_stream:
+            leg.sse, leg.ttft_s = SseObserver(), now - self._started_at
+            self._relay_head()
+
+    def on_body(self, data: bytes) -> None:
+        """More of the answer."""
+        if self._leg.sse is not None:
+            self._leg.sse.feed(data)
+        if self._leg.is_relaying:
+            self._relay(data)
+            return
+        self._leg.held.append(data)
+        self._leg.held_bytes += len(data)
+        if self._leg.held_bytes > MAX_HELD_BYTES:
+            self._relay_head()
+            for part in self._leg.held:
+                self._relay(part)
+            self._leg.held.clear()
+
+    def on_end(self) -> None:
+        """The answer is complete."""
+        self._upstream = None
+        if self._leg.sse is not None:
+            if not self._leg.sse.is_done:
+                self._cut("the replica ended the stream before it was complete")
+                return
+            self._learn_usage(self._leg.sse.usage)
+        if self._leg.is_relaying:
+            if not self._request.is_http_1_0:
+                self._client.write(b"0\r\n\r\n")
+            self._finish()
+        else:
+            self._send_held()
+
+    def on_lost(self, reason: str) -> None:
+        """The replica broke off: again elsewhere, or tell the client."""
+        upstream, self._upstream = self._upstream, None
+        if self._leg.is_relaying:
+            self._cut(reason)
+        elif upstream is not None and upstream.num_requests > 1 and not self._leg.status:
+            # A kept connection that the replica closed meanwhile says nothing of the replica.
+            self._dialling = asyncio.ensure_future(self._dial())
+        else:
+            self._again(UpstreamError(f"the replica broke off: {reason}"), "lost")
+
+    # steps
+
+    async def _dial(self) -> None:
+        assert self._placement is not None
+        replica = self._placement.replica
+        try:
+            upstream = await self._service.pool(replica).dial()
+        except OSError as error:
+            self._dialling = None
+            if isinstance(error, ConnectionRefusedError):
+                self._service.placer.fleet.refused(replica)
+            self._again(UpstreamError(f"the replica cannot be reached: {error}"), "unreachable")
+        else:
+            self._dialling = None
+            self._send(upstream)
+
+    def _send(self, upstream: Upstream) -> None:
+        assert self._placement is not None
+        self._upstream = upstream
+        self._leg = _Leg()
+        request, pool = self._request, self._service.pool(self._placement.replica)
+        headers = end_to_end(request.headers)
+        headers.append((names.REQUEST_ID.encode(), self._request_id))
+        head = request_head(
+            method=request.method,
+            target=pool.base_path + request.target,
+            host=pool.host,
+            headers=headers,
+            body_bytes=len(request.body),
+        )
+        upstream.send(self, [head, request.body])
+
+    def _again(self, error: RouterError, reason: str) -> None:
+        """Place the request elsewhere, or give up with `error`."""
+        assert self._placement is not None
+        self._service.placer.finish(self._placement, self._service.now())
+        self._tried |= {self._placement.replica.name}
+        if self._attempts >= self._service.max_attempts:
+            self._fail(error)
+            return
+        self._service.metrics.retried(reason)
+        self.start()
+
+    def _relay_head(self) -> None:
+        self._leg.is_relaying = True
+        framing = [] if self._request.is_http_1_0 else [b"transfer-encoding: chunked"]
+        self._client.write(
+            response_head(
+                self._leg.status,
+                self._answer_headers(),
+                framing=framing,
+                keep_alive=self._request.keep_alive,
+            )
+        )
+
+    def _relay(self, data: bytes) -> None:
+        if self._request.is_http_1_0:
+            self._client.write(data)
+        else:
+            self._client.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _send_held(self) -> None:
+        body = b"".join(self._leg.held)
+        if self._leg.status == 200:
+            self._learn_usage(read_usage(body))
+        elif self._leg.status >= 400:
+            body = _openai_shaped(self._leg.status, body, self._leg.headers)
+        head = response_head(
+            self._leg.status,
+            self._answer_headers(),
+            framing=[b"content-length: %d" % len(body)],
+            keep_alive=self._request.keep_alive,
+        )
+        self._client.write(head + body)
+        self._finish()
+
+    def _answer_headers(self) -> Headers:
+        assert self._placement is not None
+        placement, headers = self._placement, end_to_end(self._leg.headers)
+        headers += [
+            (names.REQUEST_ID.encode(), self._request_id),
+            (names.REPLICA.encode(), placement.replica.name.encode()),
+            (names.MATCHED_TOKENS.encode(), b"%d" % placement.matched_tokens),
+            (names.ATTEMPTS.encode(), b"%d" % self._attempts),
+        ]
+        if self._leg.cached_tokens is not None:
+            headers.append((names.CACHED_TOKENS.encode(), b"%d" % self._leg.cached_tokens))
+        return headers
+
+    def _learn_usage(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self._learn(usage.prompt_tokens, usage.cached_tokens)
+
+    def _learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
+        assert self._placement is not None
+        if prompt_tokens is None or self._leg.prompt_tokens is not None:
+            return
+        self._leg.prompt_tokens, self._leg.cached_tokens = prompt_tokens, cached_tokens
+        self._service.placer.learn(self._placement, prompt_tokens, cached_tokens)
+
+    # ends
+
+    def _finish(self) -> None:
+        self._end(_outcome(self._leg.status), self._leg.status)
+        self._client.finish(keep_alive=self._request.keep_alive)
+
+    def _fail(self, error: RouterError) -> None:
+        """Answer `error`; nothing was sent to the client before."""
+        self._service.send_error(self._client, self._request, error, self._request_id)
+        self._end(_outcome(error.status), error.status)
+        self._client.finish(keep_alive=self._request.keep_alive)
+
+    def _cut(self, reason: str) -> None:
+        """Tell a client that has part of the answer that the rest will not come."""
+        message = f"the stream was cut: {reason}"
+        if self._leg.sse is not None:
+            event = error_body(message, "server_error", None, "upstream_lost")
+            self._relay(b"data: " + event + b"\n\n")
+        self._end(Outcome.CUT, self._leg.status)
+        self._client.abort()
+
+    def _end(self, outcome: Outcome, status: int) -> None:
+        """Release everything and report; every way out comes through here, once."""
+        assert not self._is_over
+        self._is_over = True
+        now, service, placement = self._service.now(), self._service, self._placement
+        if self._dialling is not None:
+            self._dialling.cancel()
+        if self._upstream is not None:
+            self._upstream.abandon()
+            self._upstream = None
+        if placement is not None:
+            num_events = self._leg.sse.num_events if self._leg.sse is not None else 0
+            service.placer.finish(placement, now, num_events)
+        service.ended(
+            self,
+            RequestRecord(
+                model=self._fields.model,
+                replica=placement.replica.name if placement is not None else None,
+                outcome=outcome,
+                status=status,
+                attempts=self._attempts,
+                duration_s=now - self._started_at,
+                ttft_s=self._leg.ttft_s,
+                matched_tokens=placement.matched_tokens if placement is not None else None,
+                cached_tokens=self._leg.cached_tokens,
+                prompt_tokens=self._leg.prompt_tokens,
+            ),
+        )
+
+
+def _outcome(status: int) -> Outcome:
+    if status >= 500:
+        return Outcome.SERVER_ERROR
+    return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK
+
+
+def _int(headers: Headers, name: str) -> int | None:
+    value = get_header(headers, name)
+    return int(value) if value is not None and value.isdigit() else None
+
+
+def _openai_shaped(status: int, body: bytes, headers: Headers) -> bytes:
+    """`body` if it is a JSON error already, else its text in OpenAI's shape."""
+    try:
+        decoded = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        decoded = None
+    if isinstance(decoded, dict) and "error" in decoded:
+        return body
+    text = decoded.get("message") if isinstance(decoded, dict) else None
+    if not isinstance(text, str):
+        text = body.decode("utf-8", "replace").strip()[:500] or f"the replica answered {status}"
+    headers[:] = [(key, value) for key, value in headers if key != b"content-type"]
+    headers.append((b"content-type", b"application/json"))
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return error_body(text, kind, None, "upstream_status")

@@ -1,0 +1,227 @@
+"""Connections to one replica: dial, keep, reuse, and read an answer. Decides nothing.
+
+An `Upstream` serves one request at a time. It parses the answer with llhttp, tells its
+`Listener` what comes, and returns to its pool when the answer is complete and the connection
+may be kept. Leaving early means closing: that is how a replica learns that nobody listens.
+
+An answer without Content-Length and without chunks ends with the connection (RFC 9112 §6.3);
+any other answer that ends with the connection is lost, and `on_lost` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import httptools
+
+from roost_router.http.head import Headers
+
+#: Idle connections kept to a replica; more than any burst's tail, few enough to be cheap.
+_MAX_IDLE = 128
+MAX_HEAD_BYTES = 64 * 1024
+
+
+class Listener(Protocol):
+    """Whoever waits for an answer."""
+
+    def on_head(self, status: int, headers: Headers) -> None:
+        """Status and headers came; names in lower case."""
+        ...
+
+    def on_body(self, data: bytes) -> None:
+        """Some of the body came, framing removed."""
+        ...
+
+    def on_end(self) -> None:
+        """The answer is complete."""
+        ...
+
+    def on_lost(self, reason: str) -> None:
+        """The connection ended before the answer did."""
+        ...
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to a replica."""
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._listener: Listener | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._headers: Headers = []
+        self._head_bytes = 0
+        self._has_head = False
+        self._has_length = False
+        self.num_requests = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request could be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, listener: Listener, parts: list[bytes]) -> None:
+        """Send a whole request; `listener` hears of the answer."""
+        assert self._transport is not None
+        assert self._listener is None
+        self._listener = listener
+        self._begin_answer()
+        self.num_requests += 1
+        self._transport.writelines(parts)
+
+    def abandon(self) -> None:
+        """Nobody waits for the answer any more: close, so that the replica stops working."""
+        self._listener = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """Stop reading: the client is slower than the replica."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: connected."""
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "writelines")
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio: the connection is gone."""
+        self._transport = None
+        self._pool.forget(self)
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        if exc is None and self._has_head and not self._has_length:
+            listener.on_end()
+        else:
+            listener.on_lost(str(exc) if exc else "the replica closed the connection")
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: bytes from the replica."""
+        if self._listener is None or self._parser is None:
+            self.abandon()  # bytes that nobody asked for: the connection cannot be trusted
+            return
+        if not self._has_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._lose(f"the replica's answer is not HTTP: {error}")
+
+    # llhttp's side
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """llhttp: a header or a trailer line."""
+        if self._has_head:
+            return
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > 2 * MAX_HEAD_BYTES:
+            raise ValueError("response head too large")
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """llhttp: the head is complete."""
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        if status < 200:  # 1xx: interim, the real head follows
+            return
+        self._has_head = True
+        self._has_length = status in {204, 304} or any(
+            name in {b"content-length", b"transfer-encoding"} for name, _ in self._headers
+        )
+        if self._listener is not None:
+            self._listener.on_head(status, self._headers)
+
+    def on_body(self, data: bytes) -> None:
+        """llhttp: some of the body."""
+        if self._listener is not None:
+            self._listener.on_body(data)
+
+    def on_message_complete(self) -> None:
+        """llhttp: the answer is complete."""
+        if not self._has_head:
+            self._begin_answer()
+            return
+        assert self._parser is not None
+        keep = self._parser.should_keep_alive()
+        listener, self._listener = self._listener, None
+        self._parser = None
+        if keep and self.is_open and listener is not None:
+            self.resume()
+            self._pool.keep(self)
+        else:
+            self.abandon()
+        if listener is not None:
+            listener.on_end()
+
+    def _begin_answer(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers = []
+        self._head_bytes = 0
+        self._has_head = self._has_length = False
+
+    def _lose(self, reason: str) -> None:
+        listener = self._listener
+        self.abandon()
+        if listener is not None:
+            listener.on_lost(reason)
+
+
+class UpstreamPool:
+    """Connections to one replica, the most recently used first."""
+
+    def __init__(self, url: str, loop: asyncio.AbstractEventLoop, connect_timeout_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError(f"not an http(s) URL: {url}")
+        self._loop = loop
+        self._connect_timeout_s = connect_timeout_s
+        self._address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self.host = parts.netloc.rpartition("@")[2].encode()
+        self.base_path = parts.path.rstrip("/").encode()
+        self._idle: deque[Upstream] = deque()
+
+    def try_idle(self) -> Upstream | None:
+        """A kept connection, or None."""
+        while self._idle:
+            upstream = self._idle.pop()
+            if upstream.is_open:
+                return upstream
+        return None
+
+    async def dial(self) -> Upstream:
+        """A new connection. Raises OSError (TimeoutError is one)."""
+        async with asyncio.timeout(self._connect_timeout_s):
+            _, upstream = await self._loop.create_connection(
+                lambda: Upstream(self), *self._address, ssl=self._ssl
+            )
+        return upstream
+
+    def keep(self, upstream: Upstream) -> None:
+        """Take a connection back whose answer is complete."""
+        self._idle.append(upstream)
+        if len(self._idle) > _MAX_IDLE:
+            self._idle.popleft().abandon()
+
+    def forget(self, upstream: Upstream) -> None:
+        """Drop a connection that closed while idle."""
+        if upstream in self._idle:
+            self._idle.remove(upstream)
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        while self._idle:
+            self._idle.pop().abandon()

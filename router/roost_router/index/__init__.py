@@ -1,0 +1,1 @@
+"""Where the cache is: text chains and the prefix index. Pure."""

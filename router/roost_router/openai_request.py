@@ -1,0 +1,136 @@
+"""Read from a request's body what routing needs, and nothing else. Pure.
+
+The body itself is forwarded byte for byte; whatever is not looked at here is the replica's to
+judge. The *canonical prompt* is the bytes that the text chain hashes: what decides the prompt's
+tokens, in the order in which a chat template lays it out, so that a conversation's next turn
+extends the bytes of the turn before.
+
+    chat         "chat" model salt tools, then for each message: role, content, tool calls
+    completions  "text" model salt, then the text, or the token ids as u32
+"""
+
+from __future__ import annotations
+
+import re
+from struct import error as StructError
+from struct import pack
+from typing import Any
+
+import msgspec
+
+from roost_router.errors import BadRequestError
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+
+_PARAM = re.compile(r"at `\$\.([^`]+)`|required field `([^`]+)`$")
+_FIELD = b"\x1f"  # ends a field, and
+_RECORD = b"\x1e"  # a message: neither occurs in text that a template would render
+
+
+class RoutingFields(msgspec.Struct, frozen=True):
+    """What placement is decided on."""
+
+    model: str
+    stream: bool
+    prompt: bytes  # canonical prompt
+
+
+class _Message(msgspec.Struct):
+    role: str = ""
+    content: Any = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Chat(msgspec.Struct):
+    model: str
+    messages: list[_Message]
+    stream: bool | None = None
+    tools: msgspec.Raw = msgspec.Raw(b"")
+    cache_salt: str | None = None
+
+
+class _Completion(msgspec.Struct):
+    model: str
+    prompt: Any = ""
+    stream: bool | None = None
+    cache_salt: str | None = None
+
+
+_chat_decoder = msgspec.json.Decoder(_Chat)
+_completion_decoder = msgspec.json.Decoder(_Completion)
+
+
+def read_routing_fields(path: str, body: bytes) -> RoutingFields:
+    """Decode `body` of a request to `path` (CHAT_PATH or COMPLETIONS_PATH). O(bytes).
+
+    Raises BadRequestError, with `param` where one field is at fault.
+    """
+    try:
+        if path == CHAT_PATH:
+            chat = _chat_decoder.decode(body)
+            return RoutingFields(chat.model, bool(chat.stream), _chat_prompt(chat))
+        completion = _completion_decoder.decode(body)
+        prompt = _completion_prompt(completion)
+        return RoutingFields(completion.model, bool(completion.stream), prompt)
+    except msgspec.ValidationError as error:
+        raise BadRequestError(str(error), param=_param(str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequestError("the body is nested too deeply", code="invalid_json") from None
+
+
+def _chat_prompt(chat: _Chat) -> bytes:
+    parts = [_head(b"chat", chat.model, chat.cache_salt), bytes(chat.tools), _RECORD]
+    for message in chat.messages:
+        parts += (message.role.encode(), _FIELD, _content(message.content), _FIELD)
+        if message.name or message.tool_call_id or message.tool_calls:
+            named = f"{message.name or ''}\x1f{message.tool_call_id or ''}\x1f"
+            parts += (named.encode(), bytes(message.tool_calls))
+        parts.append(_RECORD)
+    return b"".join(parts)
+
+
+def _content(content: Any) -> bytes:
+    if isinstance(content, str):
+        return content.encode()
+    if isinstance(content, list):  # typed parts: a text part means the same as its text alone
+        return b"".join(
+            part["text"].encode()
+            if isinstance(part, dict) and isinstance(part.get("text"), str)
+            else msgspec.json.encode(part)
+            for part in content
+        )
+    return b"" if content is None else msgspec.json.encode(content)
+
+
+def _completion_prompt(completion: _Completion) -> bytes:
+    head = _head(b"text", completion.model, completion.cache_salt)
+    prompt = completion.prompt
+    if isinstance(prompt, str):
+        return head + prompt.encode()
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+        if isinstance(prompt, str):
+            return head + prompt.encode()
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        try:
+            return head + pack(f"<{len(prompt)}I", *prompt)
+        except StructError:
+            raise BadRequestError(
+                "token ids must be integers from 0 to 4294967295", param="prompt"
+            ) from None
+    return head + msgspec.json.encode(prompt)
+
+
+def _head(kind: bytes, model: str, salt: str | None) -> bytes:
+    return b"\x1f".join((kind, model.encode(), (salt or "").encode(), b""))
+
+
+def _param(message: str) -> str | None:
+    """`model` out of msgspec's "... - at `$.model`" or "... required field `model`"."""
+    found = _PARAM.search(message)
+    return found[1] or found[2] if found else None

@@ -1,0 +1,1 @@
+"""How a replica is picked: one formula a file. Pure."""
