@@ -84,6 +84,7 @@ class Downstream(asyncio.Protocol):
         self._waiting: deque[Request] = deque()
         self._active: Answering | None = None
         self._is_closing = False  # no further request is read
+        self._body_left = 0  # bytes of a body that llhttp does not read, see _ignore_upgrade
         self._reset()
 
     @property
@@ -159,13 +160,13 @@ class Downstream(asyncio.Protocol):
         """asyncio: bytes from the client."""
         if self._is_closing:
             return
+        if self._body_left:
+            self._read_body(data)
+            return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # Answer in HTTP/1.1, as RFC 9110 §7.8 allows; what follows may be anything.
-            self._is_closing = True
-            if self.is_idle:
-                self.close()
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             self._stop(cause if isinstance(cause, RouterError) else BadRequestError(str(error)))
@@ -208,7 +209,12 @@ class Downstream(asyncio.Protocol):
         self._body.append(data)
 
     def on_message_complete(self) -> None:
-        """llhttp: a request is complete."""
+        """llhttp: a request is complete, or, with an Upgrade header, its head is."""
+        if self._parser.should_upgrade():
+            return
+        self._enqueue()
+
+    def _enqueue(self) -> None:
         if len(self._waiting) >= _MAX_PIPELINED:
             raise BadRequestError(f"more than {_MAX_PIPELINED} pipelined requests")
         is_http_1_0 = self._parser.get_http_version() == "1.0"
@@ -224,6 +230,33 @@ class Downstream(asyncio.Protocol):
         self._reset()
         if self._active is None:
             self._serve_next()
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Serve a request that asks for another protocol as HTTP/1.1 (RFC 9110 §7.8), its last.
+
+        llhttp stops at such a head, so a body of known length is read here. Java's HttpClient
+        sends its first request this way.
+        """
+        lengths = [int(value) for name, value in self._headers if name == b"content-length"]
+        if any(name == b"transfer-encoding" for name, _ in self._headers):
+            self._stop(BadRequestError("a chunked body cannot come with an Upgrade header"))
+        elif lengths and lengths[0]:
+            self._body_left = lengths[0]
+            self._read_body(rest)
+        else:
+            self._end_upgraded()
+
+    def _read_body(self, data: bytes) -> None:
+        self._body.append(data[: self._body_left])
+        self._body_left -= len(self._body[-1])
+        if not self._body_left:
+            self._end_upgraded()
+
+    def _end_upgraded(self) -> None:
+        self._is_closing = True
+        self._enqueue()
+        if self.is_idle:
+            self.close()
 
     def _serve_next(self) -> None:
         exchange = self._service.answer(self, self._waiting.popleft())
