@@ -33,7 +33,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The pick, and enough to explain it."""
 
     chosen: int  # index into the candidates
-    costs_s: list[float]  # predicted seconds to first token, one for each candidate
+    costs_s: list[float]  # one for each candidate, in seconds; what they hold is the policy's
 
 
 class Policy(Protocol):

@@ -1,0 +1,288 @@
+"""The brain without I/O: every moment of a placement's life, with a clock of our own."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roost_router.errors import ModelNotFoundError, NoReplicaError
+from roost_router.fleet.fleet import Fleet
+from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.text_chain import TEXT_BLOCK_BYTES
+from roost_router.openai_request import RoutingFields
+from roost_router.placement import Placer
+from roost_router.policy.cost import CostPolicy
+from roost_wire.load_report import LoadReport
+
+BLOCKS = 20
+PROMPT = bytes(range(256)) * BLOCKS  # 20 blocks, 1,280 tokens at 4 bytes a token
+
+
+def make_placer(num_replicas: int = 2, capacity_tokens: int = 65536, seed: int = 0) -> Placer:
+    index = PrefixIndex()
+    fleet = Fleet(index, [f"http://127.0.0.1:{8101 + n}" for n in range(num_replicas)])
+    for replica in fleet.replicas:
+        fleet.answered(replica, ["m"], LoadReport(kv_capacity_tokens=capacity_tokens))
+    return Placer(index, fleet, CostPolicy(), Random(seed))
+
+
+def ask(prompt: bytes) -> RoutingFields:
+    return RoutingFields("m", stream=True, prompt=prompt)
+
+
+def complete(placer: Placer, prompt: bytes, now: float, cached_tokens: int | None = None):
+    """Place, answer and finish one request within a second."""
+    placement = placer.place(ask(prompt), now)
+    placer.first_byte(placement, now + 0.5, streamed=True)
+    placer.learn(placement, len(prompt) // 4, cached_tokens)
+    placer.finish(placement, now + 1.0, num_events=11)
+    return placement
+
+
+def other_prompt(number: int, blocks: int = BLOCKS) -> bytes:
+    return (f"{number:08d}".encode() * 32) * blocks
+
+
+def loads(placer: Placer) -> list[tuple[int, int, int]]:
+    return [(r.queued_tokens, r.num_in_flight, r.num_decoding) for r in placer.fleet.replicas]
+
+
+def test_load_is_counted_from_decision_to_end():
+    placer = make_placer(1)
+    placement = placer.place(ask(PROMPT), 0.0)
+    assert loads(placer) == [(1280, 1, 0)]
+
+    placer.first_byte(placement, 1.0, streamed=True)
+    assert loads(placer) == [(0, 1, 1)]
+
+    placer.finish(placement, 2.0, num_events=10)
+    placer.finish(placement, 3.0)
+    assert loads(placer) == [(0, 0, 0)]
+
+
+def test_a_request_comes_home():
+    placer = make_placer(8)
+    home = complete(placer, PROMPT, 0.0).replica
+
+    again = placer.place(ask(PROMPT + b"a question"), 10.0)
+
+    assert home is again.replica
+    assert again.matched_blocks == BLOCKS
+    assert again.uncached_tokens < 10
+
+
+def test_siblings_of_a_burst_see_each_other_before_anything_was_answered():
+    placer = make_placer(4)
+    first = placer.place(ask(PROMPT + b"one"), 0.0)
+
+    second = placer.place(ask(PROMPT + b"two"), 0.0)
+    third = placer.place(ask(PROMPT + b"three"), 0.0)
+
+    assert second.matched_blocks == third.matched_blocks == BLOCKS
+    assert first.replica is second.replica is third.replica
+
+
+def test_unrelated_prompts_spread_though_every_count_is_zero():
+    placer = make_placer(4)
+
+    homes = {complete(placer, other_prompt(n), 5.0 * n).replica.name for n in range(4)}
+
+    assert homes == {"r0", "r1", "r2", "r3"}
+
+
+def test_a_prompt_that_was_never_answered_is_not_believed_resident():
+    placer = make_placer(1)
+    first = placer.place(ask(PROMPT), 0.0)
+    sibling = placer.place(ask(PROMPT[: 5 * TEXT_BLOCK_BYTES]), 0.0)
+
+    placer.finish(first, 1.0)
+
+    assert sibling.matched_blocks == 5
+    depths = placer.index.lookup(first.chain, 1 << first.holder)
+    assert {first.holder: 5} == depths  # what the sibling touched stays
+
+
+def test_an_eviction_is_deduced_from_cached_tokens():
+    """Least recently used first: with the old prompt, all that is older still is gone."""
+    placer = make_placer(1)
+    oldest = complete(placer, other_prompt(1), 0.0)
+    complete(placer, PROMPT, 10.0)
+    newest = complete(placer, other_prompt(2), 20.0)
+
+    complete(placer, PROMPT, 30.0, cached_tokens=0)
+
+    mask = 1 << oldest.holder
+    assert placer.index.lookup(oldest.chain, mask) == {}
+    assert {newest.holder: BLOCKS} == placer.index.lookup(newest.chain, mask)
+    assert placer.place(ask(PROMPT), 40.0).matched_blocks == BLOCKS  # recomputed, so resident
+
+
+def test_a_part_that_was_evicted_dates_the_rest():
+    placer = make_placer(1)
+    oldest = complete(placer, other_prompt(1), 0.0)
+    complete(placer, PROMPT, 10.0)
+    complete(placer, PROMPT[: 10 * TEXT_BLOCK_BYTES], 20.0)  # touches the head again
+    between = complete(placer, other_prompt(2), 21.0)
+
+    # Half is cached: the tail, last touched at 10, is gone; the head, touched at 20, is not.
+    complete(placer, PROMPT, 30.0, cached_tokens=640)
+
+    assert placer.index.lookup(oldest.chain, 1) == {}
+    assert {between.holder: BLOCKS} == placer.index.lookup(between.chain, 1)
+
+
+def test_a_sibling_still_in_prefill_is_late_not_evicted():
+    placer = make_placer(1)
+    old = complete(placer, other_prompt(1), 0.0)
+    pending = placer.place(ask(PROMPT), 10.0)
+
+    sibling = placer.place(ask(PROMPT), 10.0)
+    placer.first_byte(sibling, 11.0, streamed=True)
+    placer.learn(sibling, 1280, 0)
+
+    assert {old.holder: BLOCKS} == placer.index.lookup(old.chain, 1)
+    placer.finish(pending, 12.0)
+
+
+@pytest.mark.parametrize("cached_tokens", [None, 1280, 1264, 1152, 5000])
+def test_small_misses_and_silence_correct_nothing(cached_tokens):
+    placer = make_placer(1)
+    old = complete(placer, other_prompt(1), 0.0)
+    complete(placer, PROMPT, 10.0)
+
+    complete(placer, PROMPT, 20.0, cached_tokens=cached_tokens)
+
+    assert {old.holder: BLOCKS} == placer.index.lookup(old.chain, 1)
+
+
+def test_bytes_per_token_follow_the_traffic_and_capacities_follow_them():
+    placer = make_placer(1, capacity_tokens=6400)
+    before = placer.place(ask(PROMPT), 0.0)
+    assert before.prompt_tokens == 1280
+
+    for n in range(200):  # two bytes a token: twice as many tokens, half as many blocks
+        placement = placer.place(ask(other_prompt(n)), float(n))
+        placer.first_byte(placement, n + 0.1, streamed=True)
+        placer.learn(placement, len(other_prompt(n)) // 2, None)
+        placer.finish(placement, n + 0.2)
+
+    assert placer.bytes_per_token == pytest.approx(2.0, rel=0.02)
+    assert placer.index.num_blocks(placer.fleet.replicas[0].holder) == pytest.approx(50, abs=3)
+
+
+def test_tried_replicas_are_left_out_until_none_is_left():
+    placer = make_placer(2)
+    first = placer.place(ask(PROMPT), 0.0)
+    second = placer.place(ask(PROMPT), 0.0, frozenset({first.replica.name}))
+
+    assert first.replica is not second.replica
+    with pytest.raises(NoReplicaError, match="2 tried"):
+        placer.place(ask(PROMPT), 0.0, frozenset({"r0", "r1"}))
+
+
+def test_unknown_models_and_empty_fleets_are_told_apart():
+    placer = make_placer(1)
+    with pytest.raises(ModelNotFoundError, match="served: m"):
+        placer.place(RoutingFields("x", stream=False, prompt=b""), 0.0)
+    placer.fleet.refused(placer.fleet.replicas[0])
+    with pytest.raises(NoReplicaError):
+        placer.place(ask(b""), 0.0)
+    with pytest.raises(ModelNotFoundError):  # it told before it went what it serves
+        placer.place(RoutingFields("x", stream=False, prompt=b""), 0.0)
+    empty = PrefixIndex()
+    fleet = Fleet(empty, ["http://a:1"])
+    with pytest.raises(NoReplicaError):
+        Placer(empty, fleet, CostPolicy(), Random()).place(ask(b""), 0.0)
+
+
+def test_a_refused_or_restarted_replica_starts_a_new_epoch():
+    placer = make_placer(1)
+    replica = placer.fleet.replicas[0]
+    placement = complete(placer, PROMPT, 0.0)
+    placer.fleet.refused(replica)
+    assert not placer.fleet.is_ready
+    placer.fleet.answered(replica, ["m"], LoadReport(started_at=1.0))
+    assert placer.place(ask(PROMPT), 2.0).matched_blocks == 0
+
+    placer.fleet.answered(replica, ["m"], LoadReport(started_at=1.0))
+    assert placer.place(ask(PROMPT), 3.0).matched_blocks == BLOCKS
+    placer.fleet.answered(replica, ["m"], LoadReport(started_at=2.0))
+    assert placer.place(ask(PROMPT), 4.0).matched_blocks == 0
+    placer.finish(placement, 5.0)
+
+
+def test_what_an_old_epoch_learnt_does_not_touch_the_new_one():
+    placer = make_placer(1)
+    complete(placer, PROMPT, 0.0)
+    old = placer.place(ask(PROMPT), 1.0)
+    placer.fleet.refused(placer.fleet.replicas[0])
+    placer.fleet.answered(placer.fleet.replicas[0], ["m"], LoadReport())
+    new = complete(placer, PROMPT, 2.0)
+
+    placer.learn(old, 1280, 0)
+    placer.finish(old, 3.0)
+
+    assert {new.holder: BLOCKS} == placer.index.lookup(new.chain, 1 << new.holder)
+
+
+def test_a_replica_is_down_only_after_three_late_polls():
+    placer = make_placer(1)
+    replica = placer.fleet.replicas[0]
+    for expected in (True, True, False):
+        placer.fleet.poll_failed(replica)
+        assert replica.is_up is expected
+    placer.fleet.answered(replica, ["m"], LoadReport())
+    assert replica.is_up
+    assert repr(replica) == "<Replica r0 up | 0 in flight, 0 decoding, 0 tokens queued>"
+
+
+def test_a_replica_without_history_is_taken_at_the_fleets_median_speed():
+    placer = make_placer(3)
+    for replica, speed in zip(placer.fleet.replicas, (100.0, 300.0), strict=False):
+        for _ in range(50):
+            for work in (100, 1000):
+                replica.speed.observe_ttft(work, work / speed)
+
+    fitted = [placer.fleet.prefill_tokens_per_s(r) for r in placer.fleet.replicas]
+
+    assert fitted[2] == pytest.approx(sum(fitted[:2]) / 2)
+
+
+actions = st.tuples(
+    st.sampled_from(["place", "first_byte", "learn", "finish", "refuse", "answer"]),
+    st.integers(0, 9),
+    st.integers(0, 1500),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(actions, max_size=80))
+def test_any_history_leaves_no_load_behind(history):
+    placer, open_placements, now = make_placer(3), [], 0.0
+    for action, number, tokens in history:
+        now += 0.1
+        replica = placer.fleet.replicas[number % 3]
+        chosen = open_placements[number % len(open_placements)] if open_placements else None
+        if action == "place":
+            if placer.fleet.is_ready:
+                prompt = other_prompt(number % 4, blocks=1 + number)
+                open_placements.append(placer.place(ask(prompt), now))
+        elif action == "refuse":
+            placer.fleet.refused(replica)
+        elif action == "answer":
+            placer.fleet.answered(replica, ["m"], LoadReport(started_at=float(number // 5)))
+        elif chosen is not None and action == "first_byte":
+            placer.first_byte(chosen, now, streamed=bool(tokens % 2))
+        elif chosen is not None and action == "learn":
+            placer.learn(chosen, 1280, tokens)
+        elif chosen is not None:
+            placer.finish(chosen, now, num_events=tokens % 5)
+            open_placements.remove(chosen)
+    for placement in open_placements:
+        placer.finish(placement, now)
+
+    assert loads(placer) == [(0, 0, 0)] * 3
+    assert all(not pending for pending in placer._pending.values())

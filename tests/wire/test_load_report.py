@@ -1,0 +1,58 @@
+"""Load reports are read from pages as vLLM, our engine and others write them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roost_wire.load_report import LoadReport, parse_load_report
+
+VLLM_PAGE = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="Qwen/Qwen3-0.6B"} 3.0
+vllm:num_requests_waiting{engine="0",model_name="Qwen/Qwen3-0.6B"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0
+vllm:kv_cache_usage_perc{engine="0",model_name="Qwen/Qwen3-0.6B"} 0.25
+vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="2048",x="a\\"}b"} 1.0
+process_start_time_seconds 1.79e+09
+"""
+
+
+def test_a_vllm_page_is_read():
+    assert parse_load_report(VLLM_PAGE) == LoadReport(
+        num_running=3,
+        num_waiting=2,
+        kv_usage=0.25,
+        kv_capacity_tokens=32768,
+        started_at=1.79e9,
+    )
+
+
+def test_data_parallel_ranks_are_added_up():
+    page = "".join(
+        f'vllm:num_requests_running{{engine="{rank}"}} {rank + 1}\n'
+        f'vllm:cache_config_info{{engine="{rank}",block_size="16",num_gpu_blocks="10"}} 1\n'
+        for rank in range(2)
+    )
+
+    report = parse_load_report(page)
+
+    assert (report.num_running, report.kv_capacity_tokens) == (3, 320)
+
+
+def test_what_is_missing_or_broken_is_none():
+    page = (
+        'vllm:num_requests_running{a="b"} NaN\n'
+        'vllm:num_requests_waiting{a="b"} many\n'
+        'vllm:cache_config_info{block_size="None",num_gpu_blocks="2"} 1\n'
+        "vllm:kv_cache_usage_perc\n"
+    )
+
+    assert parse_load_report(page) == LoadReport()
+
+
+@given(st.text())
+def test_no_page_makes_the_reader_fail(page):
+    parse_load_report("vllm:kv_cache_usage_perc" + page)
+    parse_load_report(page)
