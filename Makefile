@@ -1,0 +1,57 @@
+# Every target does one thing. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help run setup setup-dev test check lint imports types unit model e2e bench fmt dist clean
+export PYTHONSAFEPATH := 1
+BIN := .venv/bin
+SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
+TESTS := $(BIN)/python -m pytest -q
+
+help: ## Show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+run: setup ## Start a router and two replicas, and show a request coming home (ARGS="...")
+	@$(BIN)/roost up $(ARGS)
+
+setup: .venv/.engine ## Make .venv with all that `make run` needs
+
+setup-dev: .venv/.dev ## Make .venv with all that tests and linters need
+
+.venv/.engine: $(SETUP)
+	@deploy/setup.sh engine
+
+.venv/.dev: $(SETUP)
+	@deploy/setup.sh dev && touch .venv/.engine
+
+test: check model e2e ## All tests: what CI runs
+
+check: lint imports types unit ## The quick loop: linters, types, unit tests
+
+lint: setup-dev ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+
+imports: setup-dev ## import-linter: who may import whom, what must stay pure
+	@$(BIN)/lint-imports --no-cache | tail -n 4
+
+types: setup-dev ## mypy --strict
+	@$(BIN)/mypy
+
+unit: setup-dev ## Tests without the real model
+	@$(TESTS) -m "not model and not e2e"
+
+model: setup-dev ## Tests of the engine with the real model
+	@$(TESTS) -m "model and not e2e"
+
+e2e: setup-dev ## Tests with real processes: router, two engines, the openai SDK
+	@$(TESTS) -m e2e
+
+bench: setup-dev ## Benchmarks, each a table with a ratio; nothing else may run beside them
+	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide
+
+fmt: setup-dev ## Format and fix what can be fixed mechanically
+	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+
+dist: setup-dev ## Build the wheel into dist/
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove all that was built, .venv included
+	@rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,125 @@
+"""`roost up` as a newcomer meets it: it shows the main job and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from processes import free_port, get, until
+
+
+def start_up(*options: str, port: int, admin_port: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "roost", "up"),
+            *("--port", str(port), "--admin-port", str(admin_port)),
+            *options,
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def read_until(up: subprocess.Popen[str], text: str) -> str:
+    assert up.stdout is not None
+    seen = ""
+    for line in up.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"ended without {text!r}:\n{seen}")
+
+
+def test_it_demonstrates_the_main_job_and_ctrl_c_leaves_no_process():
+    port, admin_port = free_port(), free_port()
+    up = start_up(port=port, admin_port=admin_port)
+    shown = read_until(up, "Ctrl-C stops everything")
+    children = children_of(up.pid)
+
+    assert f"http://127.0.0.1:{port}/v1" in shown
+    assert "curl " in shown
+    assert "OpenAI(" in shown
+    rows = re.findall(r"(r\d) +(\d+) +(\d+) +([\d.]+) s", shown)
+    (home, _, cold_cached, cold), (warm_home, _, warm_cached, warm), (other, *_) = rows
+    assert (home, cold_cached) == (warm_home, "0")
+    assert other != home
+    assert int(warm_cached) > 1800
+    assert float(cold) / float(warm) >= 5
+    assert len(children) == 3
+    assert '"ready": true' in get(f"http://127.0.0.1:{admin_port}/ready")
+
+    up.send_signal(signal.SIGINT)
+    rest = up.communicate(timeout=30)[0]
+
+    assert up.returncode == 0
+    assert "no process is left behind" in rest
+    assert not any(is_alive(child) for child in children)
+
+
+def test_children_end_when_up_is_killed():
+    up = start_up("--no-demo", port=free_port(), admin_port=free_port())
+    read_until(up, "Ctrl-C stops everything")
+    children = children_of(up.pid)
+    assert len(children) == 3
+
+    up.send_signal(signal.SIGKILL)
+    up.communicate(timeout=10)
+
+    until(lambda: not any(is_alive(child) for child in children))
+
+
+def test_interrupting_the_start_leaves_no_process():
+    up = start_up(port=free_port(), admin_port=free_port())
+    read_until(up, "starting 2 replicas")
+    until(lambda: len(children_of(up.pid)) == 2)
+    children = children_of(up.pid)
+
+    os.kill(up.pid, signal.SIGINT)
+    up.communicate(timeout=30)
+
+    assert not any(is_alive(child) for child in children)
+
+
+def test_a_taken_port_is_one_line_that_says_what_to_do():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for ports in ((port, free_port()), (free_port(), port)):
+            up = start_up(port=ports[0], admin_port=ports[1])
+            output = up.communicate(timeout=30)[0]
+
+            assert up.returncode == 1
+            assert output.count("\n") == 1
+            assert f"cannot listen on 127.0.0.1:{port}" in output
+            assert "another port" in output
+
+
+def test_a_model_that_does_not_exist_is_named():
+    up = start_up("--model", "no/such.gguf", port=free_port(), admin_port=free_port())
+
+    output = up.communicate(timeout=60)[0]
+
+    assert up.returncode == 1
+    assert "no/such.gguf" in output
+    assert "Traceback" not in output
