@@ -122,6 +122,43 @@ def serve(model: str, **options: Any) -> None:
     uvloop.run(run_replica(ServeConfig(model=model, **options)))
 
 
+@main.group()
+def bench() -> None:
+    """Measure, side by side, and print a table with a ratio."""
+
+
+@bench.command()
+@click.option("--model", default="smollm2", help="As in `roost serve`.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Prompts, each cold and warm.")
+@click.option("--tokens", type=click.IntRange(1), default=2000, help="Shared prompt.")
+@click.option("--port", type=click.IntRange(1, 65535), default=18000, help="Data port.")
+@click.option("--admin-port", type=click.IntRange(1, 65535), default=19000, help="Admin port.")
+def ttft(model: str, rounds: int, tokens: int, port: int, admin_port: int) -> None:
+    """Time to first token, cold against warm, on two local replicas."""
+    from roost.bench import run_bench_ttft
+    from roost.cluster import ClusterConfig, ClusterError
+    from roost_loadtest.client import StreamError
+
+    config = ClusterConfig(
+        model=model, num_replicas=2, host="127.0.0.1", port=port, admin_port=admin_port
+    )
+    try:
+        asyncio.run(run_bench_ttft(config, rounds=rounds, num_tokens=tokens))
+    except (ClusterError, StreamError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@bench.command()
+@click.option("--replicas", type=click.IntRange(1, 1024), default=8, help="Candidates.")
+@click.option("--blocks", type=click.IntRange(1), default=300_000, help="Blocks in the index.")
+@click.option("--rounds", type=click.IntRange(1), default=200, help="Batches for each median.")
+def decide(replicas: int, blocks: int, rounds: int) -> None:
+    """What a routing decision costs, against hashing the prompt once."""
+    from roost_loadtest.bench_decide import bench_decide
+
+    bench_decide(num_replicas=replicas, num_blocks=blocks, rounds=rounds)
+
+
 @main.command()
 @click.option("--model", default="smollm2", help="As in `roost serve`.")
 @click.option("--replicas", type=click.IntRange(1, 64), default=2, help="Engine processes.")

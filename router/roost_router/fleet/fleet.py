@@ -74,16 +74,12 @@ class Fleet:
     def prefill_tokens_per_s(self, replica: Replica) -> float:
         """Fitted speed; before the first fit the fleet's median.
 
-        So a new replica is neither flooded nor starved.
+        So a new replica is neither flooded nor starved. O(1), but O(replicas) for a new one.
         """
         if not replica.speed.num_observed:
-            fitted = [
-                other.speed.prefill_tokens_per_s
-                for other in self.replicas
-                if other.speed.num_observed
-            ]
-            if fitted:
-                return median(fitted)
+            speeds = [other.speed for other in self.replicas if other.speed.num_observed]
+            if speeds:
+                return median(speed.prefill_tokens_per_s for speed in speeds)
         return replica.speed.prefill_tokens_per_s
 
     def answered(self, replica: Replica, models: Iterable[str], report: LoadReport) -> None:

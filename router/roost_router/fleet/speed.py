@@ -36,20 +36,21 @@ class Speed:
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
         self._prior = _added(self._prior, _sums(_PRIOR_WEIGHT, _PRIOR_TOKENS, slow))
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        #: Slope of the fit, inverted; always positive and finite.
+        self.prefill_tokens_per_s = self._slope_inverted()
 
     def observe_ttft(self, work_tokens: float, ttft_s: float) -> None:
         """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
         decayed = tuple(_KEEP * part for part in self._data)
         self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
         self.num_observed += 1
+        self.prefill_tokens_per_s = self._slope_inverted()
 
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
         self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
 
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Slope of the fit, inverted; always positive and finite."""
+    def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)
         slope = (weight * xy - x * y) / (weight * xx - x * x)
         return 1.0 / max(slope, _MIN_S_PER_TOKEN)

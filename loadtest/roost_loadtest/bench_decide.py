@@ -1,0 +1,77 @@
+"""Benchmark: what a routing decision costs, beside the least it could cost.
+
+The limit is hashing the prompt once in one piece with the same hash: every byte must be read.
+The index holds many other conversations on all replicas, so lookups miss the CPU's caches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from statistics import median
+
+from xxhash import xxh3_64_intdigest
+
+from roost_router.app import build_placer
+from roost_router.config import RouterConfig
+from roost_router.index.text_chain import TEXT_BLOCK_BYTES, text_chain
+from roost_router.openai_request import RoutingFields
+from roost_router.placement import Placer
+from roost_wire.load_report import LoadReport
+
+_SIZES = (2 << 10, 8 << 10, 64 << 10, 512 << 10)
+
+
+def bench_decide(*, num_replicas: int, num_blocks: int, rounds: int) -> None:
+    """Print µs of place + finish for several prompt sizes, and the ratio to one plain hash."""
+    placer, rng = _filled_placer(num_replicas, num_blocks), Random(2)
+    print(f"{placer.index!r:.60}, {num_replicas} replicas")
+    print(f"{'prompt':>9} {'hash once':>10} {'chain':>9} {'lookup':>9} {'decide':>9} {'ratio':>7}")
+    for size in _SIZES:
+        prompt = rng.randbytes(size)
+        fields = RoutingFields("m", stream=True, prompt=prompt)
+        _decide(placer, fields)  # resident from now on
+        chain, holders = text_chain(prompt), (1 << num_replicas) - 1
+        once = _us(partial(xxh3_64_intdigest, prompt), rounds)
+        hashing = _us(partial(text_chain, prompt), rounds)
+        lookup = _us(partial(placer.index.lookup, chain, holders), rounds)
+        decide = _us(partial(_decide, placer, fields), rounds)
+        print(
+            f"{size >> 10:>6} KB {once:>7.1f} µs {hashing:>6.1f} µs {lookup:>6.1f} µs "
+            f"{decide:>6.1f} µs {decide / once:>7.1f}"
+        )
+
+
+def _decide(placer: Placer, fields: RoutingFields) -> None:
+    placement = placer.place(fields, 0.0)
+    placer.first_byte(placement, 0.0, streamed=False)
+    placer.finish(placement, 0.0)
+
+
+def _filled_placer(num_replicas: int, num_blocks: int) -> Placer:
+    urls = tuple(f"http://127.0.0.1:{port}" for port in range(10_000, 10_000 + num_replicas))
+    placer, rng = build_placer(RouterConfig(replicas=urls), Random(1)), Random(1)
+    for replica in placer.fleet.replicas:
+        replica.speed.observe_ttft(1000, 0.5)
+        report = LoadReport(kv_capacity_tokens=num_blocks * TEXT_BLOCK_BYTES)
+        placer.fleet.answered(replica, ["m"], report)
+    while len(placer.index) < num_blocks:
+        prompt = rng.randbytes(64 << 10)
+        _decide(placer, RoutingFields("m", stream=False, prompt=prompt))
+    return placer
+
+
+def _us(work: Callable[[], object], rounds: int) -> float:
+    """Median µs of one call, over `rounds` batches of about a millisecond."""
+    started = time.perf_counter()
+    work()
+    batch = max(1, int(0.001 / (time.perf_counter() - started)))
+    took: list[float] = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(batch):
+            work()
+        took.append((time.perf_counter() - started) / batch)
+    return median(took) * 1e6
