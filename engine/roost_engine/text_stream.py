@@ -1,0 +1,71 @@
+"""Text of one answer as it may be shown: cut at stop strings, never a character too much.
+
+A stop string may arrive in pieces, across token boundaries. Text that could still turn out to
+be the beginning of one is held back until it is decided:
+
+    shown | held back              stop = "\\n\\nUser:"
+    "...done." | "\\n\\nUs"        the next piece decides whether it is shown or was the stop
+
+`push` returns what may be shown now. The answer ends at the stop string that is complete first
+(of several that end together: the one that starts first); it is not shown, nor anything after
+it. So the result does not depend on how the text is cut into pieces. Cost: O(piece + longest
+stop string) for each stop.
+
+Invariant: text shown is a prefix of the text received, free of stop strings, and all of it
+once `flush` was called on a stream that met none.
+
+Not here: tokens to text (tokenizer.py), telling the engine to stop (server side).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class TextStream:
+    """Assembles the pieces of one answer; `stopped` tells that a stop string was met."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        """`stop` strings are not empty (the API refuses empty ones)."""
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Take the next piece; return what may be shown, "" after the end."""
+        if self.stopped or not piece:
+            return ""
+        text = self._held + piece
+        cut = self._first_stop(text)
+        if cut is not None:
+            self.stopped = True
+            self._held = ""
+            return text[:cut]
+        keep = self._num_undecided(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """End of the answer: what was held back was no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_stop(self, text: str) -> int | None:
+        """Where the stop string starts that is complete first."""
+        ends = [
+            (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
+        ]
+        return min(ends)[1] if ends else None
+
+    def _num_undecided(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

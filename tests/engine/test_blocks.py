@@ -1,0 +1,276 @@
+"""Block pool: single behaviours, then random use against a model that forgets nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+from roost_engine.blocks import BlockPool, OutOfBlocksError
+from roost_wire.token_chain import block_hashes, next_block_hash
+
+
+def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
+    """A table for `tokens` with whatever is cached, all full blocks registered."""
+    table = pool.lookup(tokens, pool.chain(tokens))
+    pool.acquire(table)
+    table += pool.allocate(-(-len(tokens) // pool.block_size) - len(table))
+    register_full(pool, table, tokens)
+    return table
+
+
+def register_full(pool: BlockPool, table: list[int], tokens: list[int]) -> None:
+    size = pool.block_size
+    for index in range(len(tokens) // size):
+        pool.register(table, index, tokens[index * size : (index + 1) * size])
+
+
+def hits(pool: BlockPool, tokens: list[int]) -> list[int]:
+    return pool.lookup(tokens, pool.chain(tokens))
+
+
+def test_the_chain_is_the_one_of_the_wire_contract() -> None:
+    pool = BlockPool(4, 3)
+
+    assert pool.chain([1, 2, 3, 4, 5, 6, 7]) == block_hashes([1, 2, 3, 4, 5, 6, 7], 3)
+
+
+def test_a_released_prefix_is_found_again() -> None:
+    pool = BlockPool(8, 2)
+    table = fill(pool, [1, 2, 3, 4, 5])
+    pool.release(table)
+
+    assert pool.num_free == 8
+    assert hits(pool, [1, 2, 3, 4, 9, 9]) == table[:2]
+    assert hits(pool, [9, 9, 3, 4]) == []
+
+
+def test_a_lookup_takes_no_reference_and_acquire_protects_from_eviction() -> None:
+    pool = BlockPool(4, 1)
+    table = fill(pool, [1, 2])
+    pool.release(table)
+    found = hits(pool, [1, 2])
+    assert all(pool.is_free(block) for block in found)
+
+    pool.acquire(found)
+    others = pool.allocate(2)
+
+    assert set(others).isdisjoint(found)
+    with pytest.raises(OutOfBlocksError):
+        pool.allocate(1)
+    pool.check([found, others])
+
+
+def test_allocate_takes_nothing_when_too_little_is_free() -> None:
+    pool = BlockPool(3, 2)
+    pool.allocate(1)
+
+    with pytest.raises(OutOfBlocksError):
+        pool.allocate(3)
+
+    assert pool.num_free == 2
+
+
+def test_the_tail_of_a_chain_is_evicted_before_its_root() -> None:
+    pool = BlockPool(4, 1)
+    table = fill(pool, [1, 2, 3, 4])
+    pool.release(table)
+
+    taken = [pool.allocate(1)[0] for _ in range(3)]
+
+    assert taken == table[:0:-1]
+    assert hits(pool, [1, 2, 3, 4]) == table[:1]
+
+
+def test_the_least_recently_used_chain_is_evicted_first() -> None:
+    pool = BlockPool(4, 1)
+    older, newer = fill(pool, [1, 2]), fill(pool, [3, 4])
+    pool.release(older)
+    pool.release(newer)
+    again = hits(pool, [1, 2])
+    pool.acquire(again)
+    pool.release(again)
+
+    pool.allocate(2)
+
+    assert hits(pool, [3, 4]) == []
+    assert hits(pool, [1, 2]) == older
+
+
+def test_blocks_without_hash_are_reused_before_anything_cached_is_evicted() -> None:
+    pool = BlockPool(3, 2)
+    table = fill(pool, [1, 2, 3])
+    pool.release(table)
+    assert pool.allocate(2)[0] == table[1]
+
+    assert hits(pool, [1, 2]) == table[:1]
+
+
+def test_a_duplicate_is_swapped_for_the_canonical_block_and_freed() -> None:
+    pool = BlockPool(6, 2)
+    first, second = pool.allocate(2), pool.allocate(2)
+    register_full(pool, first, [1, 2, 3, 4])
+
+    register_full(pool, second, [1, 2, 3, 4])
+
+    assert second == first
+    assert pool.num_free == 4
+    assert pool.num_cached == 2
+    pool.check([first, second])
+
+
+def test_registering_twice_changes_nothing() -> None:
+    pool = BlockPool(2, 2)
+    table = fill(pool, [1, 2])
+
+    register_full(pool, table, [1, 2])
+
+    pool.check([table])
+
+
+def test_releasing_a_free_block_is_a_defect() -> None:
+    pool = BlockPool(2, 2)
+    table = pool.allocate(1)
+    pool.release(table)
+
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(table)
+
+
+def test_usage_counts_referenced_blocks_only() -> None:
+    pool = BlockPool(4, 1)
+    table = fill(pool, [1])
+    assert pool.usage == pytest.approx(0.25)
+
+    pool.release(table)
+
+    assert pool.usage == 0.0
+
+
+def same_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int:
+    return 7
+
+
+def last_token_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int:
+    """Forgets the parent: the same block after different prefixes has the same name."""
+    return block_tokens[-1]
+
+
+def test_a_collision_of_contents_is_no_hit_and_is_not_cached() -> None:
+    pool = BlockPool(6, 2, hash_block=same_hash)
+    victim = fill(pool, [1, 2])
+
+    attacker = fill(pool, [8, 9])
+
+    assert attacker != victim
+    assert hits(pool, [8, 9]) == []
+    assert hits(pool, [1, 2]) == victim
+    pool.check([victim, attacker])
+
+
+def test_a_collision_of_prefixes_is_no_hit_although_the_tokens_are_equal() -> None:
+    """[1] [5] and [2] [5]: the second block has the same tokens and the same hash, other KV."""
+    pool = BlockPool(6, 1, hash_block=last_token_hash)
+    victim = fill(pool, [1, 5])
+
+    assert hits(pool, [2, 5]) == []
+    attacker = fill(pool, [2, 5])
+
+    assert attacker[1] != victim[1]
+    assert hits(pool, [2, 5]) == attacker[:1]
+    assert hits(pool, [1, 5]) == victim
+    pool.check([victim, attacker])
+
+
+def test_nothing_after_an_uncached_block_is_cached() -> None:
+    pool = BlockPool(8, 1, hash_block=lambda parent, tokens: tokens[-1] % 10)
+    victim = fill(pool, [1])
+
+    attacker = fill(pool, [11, 2, 3])
+
+    assert [pool.is_cached(block) for block in attacker] == [False, False, False]
+    pool.check([victim, attacker])
+
+
+def weak_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int:
+    return next_block_hash(parent_hash, block_tokens) % 5
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random requests against a pool; the model knows what each block was last filled with."""
+
+    tables = Bundle("tables")
+
+    @initialize(num_blocks=st.integers(1, 12), size=st.integers(1, 3), weak=st.booleans())
+    def create(self, num_blocks: int, size: int, weak: bool) -> None:
+        self.pool = BlockPool(num_blocks, size, hash_block=weak_hash if weak else next_block_hash)
+        self.size = size
+        self.filled: dict[int, tuple[int, ...]] = {}  # block -> all tokens up to its end
+        self.open: list[tuple[list[int], list[int]]] = []  # tokens, table
+
+    def write(self, tokens: list[int], table: list[int], start: int) -> None:
+        """Compute positions from `start`: fill their blocks, then register the full ones."""
+        for index in range(start // self.size, len(table)):
+            holders = sum(table[index] in other for _, other in self.open)
+            assert holders <= 1, "a shared block is written to"
+            self.filled[table[index]] = tuple(tokens[: (index + 1) * self.size])
+        register_full(self.pool, table, tokens)
+
+    @rule(target=tables, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=8))
+    def start(self, tokens: list[int]) -> object:
+        pool = self.pool
+        table = pool.lookup(tokens, pool.chain(tokens))
+        for index, block in enumerate(table):
+            assert self.filled[block] == tuple(tokens[: (index + 1) * self.size])
+        missing = -(-len(tokens) // self.size) - len(table)
+        if missing + pool.num_free_among(table) > pool.num_free:
+            return multiple()
+        num_hit = len(table)
+        pool.acquire(table)
+        table += pool.allocate(missing)
+        entry = (tokens, table)
+        self.open.append(entry)
+        self.write(tokens, table, num_hit * self.size)
+        return entry
+
+    @rule(entry=tables, token=st.integers(0, 1))
+    def generate(self, entry: tuple[list[int], list[int]], token: int) -> None:
+        tokens, table = entry
+        if len(tokens) == len(table) * self.size:
+            if self.pool.num_free == 0:
+                return
+            table += self.pool.allocate(1)
+        tokens.append(token)
+        self.write(tokens, table, len(tokens) - 1)
+
+    @rule(entry=consumes(tables))
+    def finish(self, entry: tuple[list[int], list[int]]) -> None:
+        self.open = [other for other in self.open if other is not entry]
+        self.pool.release(entry[1])
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        tables = [table for _, table in self.open]
+        self.pool.check(tables)
+        used = {block for table in tables for block in table}
+        assert self.pool.num_free + len(used) == self.pool.num_blocks
+        for tokens, table in self.open:
+            for index, block in enumerate(table):
+                assert self.filled[block] == tuple(tokens[: (index + 1) * self.size])
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPoolAgainstModel = PoolMachine.TestCase

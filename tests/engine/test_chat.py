@@ -1,0 +1,141 @@
+"""ChatTemplate renders what transformers renders, and blames the client in one error type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from roost_engine.chat import ChatTemplate, ChatTemplateError
+
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+# Exercises trim_blocks, lstrip_blocks, bos_token, namespace, break, tojson and filters.
+ELABORATE = """{{- bos_token }}
+{%- set ns = namespace(count=0) %}
+{% for message in messages %}
+    {% if message.role == 'stop' %}
+        {% break %}
+    {% endif %}
+    {% set ns.count = ns.count + 1 %}
+[{{ message.role | upper }}] {{ message.content | trim }} {{ {'<n>': ns.count, 'ü': [1]} | tojson }}
+{% endfor %}
+{% if add_generation_prompt %}
+[ASSISTANT]
+{% endif %}
+"""
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hello!"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+    [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "  And <b>3 & 3</b>?\n\n"},
+    ],
+    [{"role": "user", "content": "日本語 🌍 'quotes' \"double\" {{ not_code }} {% raw %}"}],
+    [{"role": "user", "content": ""}],
+    [
+        {"role": "user", "content": "one"},
+        {"role": "stop", "content": "two"},
+        {"role": "user", "content": "x"},
+    ],
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, ELABORATE], ids=["chatml", "elaborate"])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_renders_what_transformers_renders(template: str, messages: list[dict[str, Any]]) -> None:
+    hf = PreTrainedTokenizerFast(tokenizer_object=HfTokenizer(BPE()), **SPECIAL_TOKENS)
+
+    actual = ChatTemplate(template, SPECIAL_TOKENS).render(messages)
+
+    expected = hf.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert expected == actual
+
+
+def test_text_parts_are_joined_with_newlines() -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+    actual = ChatTemplate("{{ messages[0].content }}").render(
+        [{"role": "user", "content": content}]
+    )
+
+    assert actual == "a\nb"
+
+
+def test_the_callers_messages_are_left_alone() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+
+    ChatTemplate(CHATML).render([message])
+
+    assert message == {"role": "user", "content": [{"type": "text", "text": "a"}]}
+
+
+def test_other_keys_and_missing_content_reach_the_template() -> None:
+    template = ChatTemplate("{{ messages[0].tool_calls[0].id }}{{ messages[0].content is none }}")
+
+    actual = template.render([{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}])
+
+    assert actual == "c1True"
+
+
+def test_strftime_now_is_there() -> None:
+    actual = ChatTemplate("{{ strftime_now('%Y') }}").render([{"role": "user", "content": "x"}])
+
+    assert actual.isdigit()
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "must not be empty"),
+        ([{"content": "x"}], r"messages\[0\] must be an object with a role"),
+        (["x"], r"messages\[0\] must be an object with a role"),
+        ([{"role": "user", "content": 7}], "must be a string or a list of parts"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url' content is not"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "needs a string `text`"),
+        ([{"role": "user", "content": ["x"]}], "needs a string `text`"),
+        ([{"role": "user", "content": None}], "refused the messages: can only concatenate"),
+    ],
+)
+def test_unusable_messages_are_the_clients_fault(messages: Any, problem: str) -> None:
+    with pytest.raises(ChatTemplateError, match=problem):
+        ChatTemplate(CHATML).render(messages)
+
+
+def test_a_template_may_refuse() -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        template.render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].pop('role') }}"],
+)
+def test_the_sandbox_holds(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match="refused the messages"):
+        ChatTemplate(source).render([{"role": "user", "content": "x"}])
+
+
+def test_a_model_without_a_template_says_so() -> None:
+    with pytest.raises(ChatTemplateError, match="no chat template; use /v1/completions"):
+        ChatTemplate(None).render([{"role": "user", "content": "x"}])
+
+
+def test_a_broken_template_is_found_when_it_is_compiled() -> None:
+    with pytest.raises(ChatTemplateError, match="chat template is broken"):
+        ChatTemplate("{% if %}")

@@ -1,0 +1,150 @@
+"""The engine thread and its bridge to asyncio, on a model without weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fake_model import FakeModel, continuation
+
+from roost_engine.blocks import BlockPool
+from roost_engine.config import SchedulerConfig
+from roost_engine.core import (
+    EngineBusyError,
+    EngineCore,
+    EngineDeadError,
+    EngineStoppingError,
+    TokenStream,
+)
+from roost_engine.request import FinishReason, Request, SamplingParams
+from roost_engine.scheduler import PromptTooLong, Scheduler
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
+    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), 0.0)
+
+
+def build(max_waiting: int = 100) -> tuple[EngineCore, FakeModel]:
+    config = SchedulerConfig(
+        max_step_tokens=16, max_running=4, max_waiting=max_waiting, max_model_len=4000
+    )
+    model = FakeModel(block_size=4)
+    return EngineCore(Scheduler(config, BlockPool(1000, 4), frozenset()), model), model
+
+
+@asynccontextmanager
+async def running(core: EngineCore) -> AsyncIterator[EngineCore]:
+    core.start()
+    try:
+        yield core
+    finally:
+        await core.stop()
+
+
+async def collect(stream: TokenStream) -> tuple[list[int], FinishReason | None]:
+    tokens: list[int] = []
+    reason = None
+    async for delta in stream:
+        tokens += delta.token_ids
+        reason = delta.finish_reason
+    return tokens, reason
+
+
+async def until_all_free(core: EngineCore) -> None:
+    pool = core.scheduler.pool
+    while pool.num_free < pool.num_blocks or core.scheduler.has_work:
+        await asyncio.sleep(0.005)
+
+
+async def test_concurrent_requests_get_their_own_tokens() -> None:
+    core, _ = build()
+    async with running(core):
+        prompts = [[index, index + 1, index + 2] for index in range(10)]
+        streams = [core.submit(request(str(prompt), prompt)) for prompt in prompts]
+        results = await asyncio.gather(*(collect(stream) for stream in streams))
+
+    assert results == [(continuation(prompt, 5, 50), FinishReason.LENGTH) for prompt in prompts]
+    assert core.num_in_flight == 0
+
+
+async def test_an_idle_engine_computes_nothing_and_wakes_up() -> None:
+    core, model = build()
+    async with running(core):
+        await collect(core.submit(request("a", [1])))
+        calls = model.calls
+        await asyncio.sleep(0.05)
+        assert calls == model.calls
+
+        tokens, _ = await collect(core.submit(request("b", [2])))
+
+    assert tokens == continuation([2], 5, 50)
+
+
+async def test_abort_ends_the_stream_and_frees_the_blocks() -> None:
+    core, _ = build()
+    async with running(core):
+        stream = core.submit(request("a", [1, 2, 3], max_tokens=3000))
+        await anext(stream)
+        core.abort("a")
+        _, reason = await collect(stream)
+        await until_all_free(core)
+
+    assert reason is FinishReason.ABORT
+    assert core.num_waiting == 0
+
+
+async def test_a_step_that_raises_fails_everybody_and_later_requests_too() -> None:
+    core, model = build()
+    model.fail_on_call = 4
+    async with running(core):
+        streams = [core.submit(request(name, [1, 2], max_tokens=100)) for name in "abcdef"]
+        results = await asyncio.gather(*(collect(s) for s in streams), return_exceptions=True)
+
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        assert "the model is on fire" in str(results[0])
+        assert not core.is_healthy
+        with pytest.raises(EngineDeadError):
+            core.submit(request("late", [1]))
+
+
+async def test_stop_lets_running_requests_finish_within_the_grace_period() -> None:
+    core, _ = build()
+    core.start()
+    stream = core.submit(request("a", [1, 2], max_tokens=20))
+    await core.stop(grace_s=20)
+
+    assert (await collect(stream))[1] is FinishReason.LENGTH
+    assert not core.is_healthy
+    with pytest.raises(EngineStoppingError):
+        core.submit(request("b", [1]))
+
+
+async def test_stop_without_grace_fails_what_is_left() -> None:
+    core, _ = build()
+    core.start()
+    stream = core.submit(request("a", [1, 2], max_tokens=3900))
+    await anext(stream)
+    await core.stop()
+
+    with pytest.raises(EngineStoppingError):
+        await collect(stream)
+
+
+async def test_too_many_waiting_requests_are_refused() -> None:
+    core, _ = build(max_waiting=2)  # not started: everything stays in the inbox
+    core.submit(request("a", [1]))
+    core.submit(request("b", [1]))
+
+    with pytest.raises(EngineBusyError):
+        core.submit(request("c", [1]))
+
+    assert core.num_waiting == 2
+
+
+async def test_what_can_never_fit_is_refused_at_once() -> None:
+    core, _ = build()
+
+    with pytest.raises(PromptTooLong):
+        core.submit(request("a", [1] * 3999))

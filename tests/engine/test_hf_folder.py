@@ -1,0 +1,251 @@
+"""Hugging Face folders: what transformers saves is read, what we do not implement is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from roost_engine.loader import LoadedModel, ModelFileError, load_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model as transformers writes it."""
+    path = tmp_path / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": 12345.0, "rope_type": "default"},
+        eos_token_id=257,
+        bos_token_id=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = HfTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ bos_token }}{{ messages[0].content }}",
+    ).save_pretrained(path)
+    return path
+
+
+def _load(folder: Path) -> LoadedModel:
+    return load_model(folder, torch.float32)
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    values = json.loads(path.read_text()) if path.exists() else {}
+    values |= changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_a_folder_saved_by_transformers_is_read(folder: Path) -> None:
+    model = _load(folder)
+
+    assert model.name == "tiny-llama"
+    assert model.config.rope_theta == 12345.0
+    assert (
+        model.config.num_kv_heads,
+        model.config.head_dim,
+        model.config.max_position,
+    ) == (2, 8, 64)
+    assert not model.config.tie_embeddings
+    stored = load_file(folder / "model.safetensors")
+    assert stored.keys() == model.weights.keys()
+    assert all(torch.equal(stored[name], model.weights[name]) for name in stored)
+    assert dict(model.tokenizer.special_tokens) == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert model.tokenizer.chat_template == "{{ bos_token }}{{ messages[0].content }}"
+    assert model.tokenizer.decode(model.tokenizer.encode("<s>hé")) == "hé"
+
+
+def test_a_path_with_a_trailing_dot_still_has_a_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+
+    assert load_model(".", torch.float32).name == "tiny-llama"
+
+
+def test_the_old_spelling_of_rope_theta_is_read(folder: Path) -> None:
+    _edit(folder / "config.json", rope_parameters=None, rope_theta=777, rope_scaling=None)
+
+    assert _load(folder).config.rope_theta == 777.0
+
+
+def test_generation_config_names_the_eos_ids(folder: Path) -> None:
+    _edit(folder / "generation_config.json", eos_token_id=[257, 5])
+
+    model = _load(folder)
+
+    assert frozenset({257, 5}) == model.config.eos_token_ids == model.tokenizer.eos_token_ids
+
+
+def test_without_a_generation_config_the_config_names_them(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+    assert frozenset({257}) == _load(folder).config.eos_token_ids
+
+
+def test_shards_are_read(folder: Path) -> None:
+    expected = _load(folder).weights
+    _shard(folder)
+
+    actual = _load(folder).weights
+
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def _shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[:7], names[7:])):
+        file_name = f"model-{number}.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file_name)
+        weight_map |= dict.fromkeys(part, file_name)
+    _edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+
+
+def test_a_tied_head_and_stored_rotary_frequencies_are_passed_over(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors")
+    _edit(folder / "config.json", tie_word_embeddings=True)
+
+    model = _load(folder)
+
+    assert model.config.tie_embeddings
+    assert "lm_head.weight" not in model.weights
+
+
+def test_the_template_file_wins_over_the_setting(folder: Path) -> None:
+    _edit(folder / "tokenizer_config.json", chat_template="setting")
+    (folder / "chat_template.jinja").write_text("file", encoding="utf-8")
+
+    assert _load(folder).tokenizer.chat_template == "file"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("text", "text"),
+        ([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "tools", "template": "t"}], None),
+        (None, None),
+    ],
+)
+def test_the_template_setting_is_one_text_or_several(
+    folder: Path, setting: Any, expected: str | None
+) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    _edit(folder / "tokenizer_config.json", chat_template=setting)
+
+    assert expected == _load(folder).tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"hidden_size": "32"}, "'hidden_size' is '32', expected int"),
+        ({"num_hidden_layers": True}, "'num_hidden_layers' is True"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "do not divide evenly"),
+        ({"num_hidden_layers": 10**12}, "layers announced"),
+        ({"intermediate_size": 64}, "has shape"),
+        ({"vocab_size": 200}, "258 tokens for 200 embeddings"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused_by_name(
+    folder: Path, changes: dict[str, Any], problem: str
+) -> None:
+    _edit(folder / "config.json", **changes)
+
+    with pytest.raises(ModelFileError, match=problem):
+        _load(folder)
+
+
+def _break_eos(folder: Path) -> None:
+    _edit(folder / "generation_config.json", eos_token_id=["x"])
+
+
+def _escape_folder(folder: Path) -> None:
+    _edit(folder / "model.safetensors.index.json", weight_map={"a": "../secret.safetensors"})
+
+
+def _add_bias(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(weights, folder / "model.safetensors")
+
+
+def _cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _use_metaspace(folder: Path) -> None:
+    backend = HfTokenizer(models.BPE())
+    backend.decoder = decoders.Metaspace()
+    backend.save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "not a readable tokenizer"),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"),
+            "chat_template.jinja: not UTF-8",
+        ),
+        (_cut_weights, "model.safetensors: not a readable safetensors file"),
+        (_break_eos, "eos_token_id is"),
+        (_escape_folder, "not a file of this folder"),
+        (_add_bias, "q_proj.bias' is not part of a Llama model"),
+        (_use_metaspace, "decoder Metaspace is not supported"),
+    ],
+)
+def test_damaged_folders_are_refused_with_the_file_named(
+    folder: Path, damage: Callable[[Path], object], problem: str
+) -> None:
+    damage(folder)
+
+    with pytest.raises(ModelFileError, match=problem):
+        _load(folder)

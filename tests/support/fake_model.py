@@ -1,0 +1,77 @@
+"""A model without weights whose next token depends on every token it finds in the KV cache.
+
+It keeps a "cache" of token ids by slot, as the real runner keeps keys and values. A block handed
+out twice, evicted too early or shared by mistake changes the tokens that come out.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from roost_engine.batch import Chunk
+
+
+def next_token(context: Sequence[int], vocab_size: int) -> int:
+    """The token that follows `context`."""
+    return zlib.crc32(repr(list(context)).encode()) % vocab_size
+
+
+def continuation(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
+    """What an endless memory would generate: the slow twin of everything the engine does."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, vocab_size))
+    return tokens[len(prompt) :]
+
+
+class FakeModel:
+    """Computes steps; `fail_on_call` makes that call raise."""
+
+    def __init__(self, block_size: int, vocab_size: int = 50) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.calls = 0
+        self.fail_on_call: int | None = None
+        self._cache: dict[int, int] = {}
+
+    def next_tokens(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Write the chunks to the cache, then read each chunk's whole context back from it."""
+        self.calls += 1
+        if self.calls == self.fail_on_call:
+            raise RuntimeError("the model is on fire")
+        written: set[int] = set()
+        for chunk in chunks:
+            for offset, token_id in enumerate(chunk.token_ids):
+                slot = self._slot(chunk, chunk.start + offset)
+                assert slot not in written, "two chunks write to one slot"
+                written.add(slot)
+                self._cache[slot] = token_id
+        return [
+            next_token(self._context(chunk), self.vocab_size)
+            for chunk in chunks
+            if chunk.wants_logits
+        ]
+
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Logits that make greedy sampling choose `next_tokens`."""
+        import torch
+
+        rows = torch.zeros(sum(chunk.wants_logits for chunk in chunks), self.vocab_size)
+        for row, token_id in enumerate(self.next_tokens(chunks)):
+            rows[row, token_id] = 100.0
+        return rows
+
+    def _context(self, chunk: Chunk) -> list[int]:
+        return [
+            self._cache[self._slot(chunk, position)]
+            for position in range(chunk.start + len(chunk.token_ids))
+        ]
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        block = chunk.block_table[position // self.block_size]
+        return block * self.block_size + position % self.block_size
