@@ -97,8 +97,8 @@ def _chat_prompt(chat: _Chat) -> bytes:
 def _content(content: Any) -> bytes:
     if isinstance(content, str):
         return content.encode()
-    if isinstance(content, list):  # typed parts: a text part means the same as its text alone
-        return b"".join(
+    if isinstance(content, list):  # typed parts: engines join their texts with newlines
+        return b"\n".join(
             part["text"].encode()
             if isinstance(part, dict) and isinstance(part.get("text"), str)
             else msgspec.json.encode(part)

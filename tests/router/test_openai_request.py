@@ -38,10 +38,10 @@ def test_key_order_spacing_and_escapes_do_not_matter():
     assert read_routing_fields(CHAT_PATH, one) == read_routing_fields(CHAT_PATH, two)
 
 
-def test_text_parts_are_the_text_they_carry():
+def test_text_parts_are_their_texts_joined_by_newlines():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
-    assert chat([{"role": "user", "content": parts}]) == chat([{"role": "user", "content": "ab"}])
+    assert chat([{"role": "user", "content": parts}]) == chat([{"role": "user", "content": "a\nb"}])
 
 
 @pytest.mark.parametrize(
