@@ -1,6 +1,6 @@
 # Every target does one thing. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev test check lint imports types unit model e2e bench fmt dist clean
+.PHONY: help run setup setup-dev test check lint imports types unit model e2e bench docs fmt dist clean
 export PYTHONSAFEPATH := 1
 BIN := .venv/bin
 SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
@@ -30,7 +30,7 @@ lint: setup-dev ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 imports: setup-dev ## import-linter: who may import whom, what must stay pure
-	@$(BIN)/lint-imports --no-cache | tail -n 4
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 types: setup-dev ## mypy --strict
 	@$(BIN)/mypy
@@ -46,6 +46,9 @@ e2e: setup-dev ## Tests with real processes: router, two engines, the openai SDK
 
 bench: setup-dev ## Benchmarks, each a table with a ratio; nothing else may run beside them
 	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide
+
+docs: setup-dev ## Regenerate docs/options.md from the command line
+	@$(BIN)/python -m roost.options >docs/options.md
 
 fmt: setup-dev ## Format and fix what can be fixed mechanically
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .

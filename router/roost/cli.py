@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+_PORT = click.IntRange(0, 65535)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -36,11 +37,21 @@ def main(verbose: bool) -> None:
     help="Base URL of a replica, without /v1. Repeat for each.",
 )
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
-@click.option("--port", default=8000, help="Data port: clients come here.")
+@click.option("--port", type=_PORT, default=8000, help="Data port: clients come here; 0: any.")
 @click.option("--admin-host", default="127.0.0.1", help="Admin port's address.")
-@click.option("--admin-port", default=9000, help="Admin port: metrics, health, replicas.")
-@click.option("--poll-interval", default=1.0, help="Seconds between looks at a replica.")
-@click.option("--drain", default=10.0, help="Seconds that streams may finish after SIGTERM.")
+@click.option("--admin-port", type=_PORT, default=9000, help="Admin port: metrics, health.")
+@click.option(
+    "--poll-interval",
+    type=click.FloatRange(0.01),
+    default=1.0,
+    help="Seconds between looks at a replica.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0.0),
+    default=10.0,
+    help="Seconds that streams may finish after SIGTERM.",
+)
 @click.option("--lifeline-fd", type=int, hidden=True)
 def route(
     replicas: tuple[str, ...],
@@ -80,7 +91,7 @@ def route(
 @main.command()
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
-@click.option("--port", default=8101, help="Port to listen on; 0 takes a free one.")
+@click.option("--port", type=_PORT, default=8101, help="Port to listen on; 0: any free one.")
 @click.option("--served-model-name", help="Model id for clients.  [default: the model's own]")
 @click.option(
     "--dtype",
