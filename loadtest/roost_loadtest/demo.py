@@ -23,7 +23,7 @@ async def demonstrate(base_url: str, model: str, num_tokens: int = 2000) -> list
         ("another conversation, just as long", "observatory", "Whom do I ask?"),
     )
     _print(f"\nDemonstration: {num_tokens} tokens of shared prompt, three requests\n")
-    _print(_ROW.format("request", "replica", "prompt", "cached", "TTFT", ""))
+    _print(_ROW.format("request", "replica", "prompt", "cached", "TTFT", "").rstrip())
     measured: list[Measurement] = []
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:

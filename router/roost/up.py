@@ -12,17 +12,21 @@ from roost_loadtest.demo import demonstrate
 from roost_router.app import bind
 from roost_router.config import ConfigError
 
+_QUESTION = "What is the capital of France?"
 _SNIPPET = """
   base URL      {base}
   admin         {admin}  (/ready, /replicas, /metrics)
 
   curl {base}/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    -d '{{"model": "{model}", "temperature": 0,
+         "messages": [{{"role": "user", "content": "{question}"}}]}}'
 
   from openai import OpenAI
   client = OpenAI(base_url="{base}", api_key="unused")
   answer = client.chat.completions.create(
-      model="{model}", messages=[{{"role": "user", "content": "Hello!"}}]
+      model="{model}",
+      messages=[{{"role": "user", "content": "{question}"}}],
+      temperature=0,
   )
   print(answer.choices[0].message.content)
 """
@@ -50,7 +54,9 @@ async def _serve(config: ClusterConfig, progress: Progress, *, demo: bool, stay:
         try:
             await cluster.start()
             base, admin = cluster.base_url, cluster.admin_url
-            sys.stdout.write(_SNIPPET.format(base=base, admin=admin, model=cluster.model))
+            sys.stdout.write(
+                _SNIPPET.format(base=base, admin=admin, model=cluster.model, question=_QUESTION)
+            )
             if demo:
                 await demonstrate(base, cluster.model)
             if stay:

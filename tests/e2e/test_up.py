@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from processes import free_port, get, until
@@ -57,8 +58,10 @@ def test_it_demonstrates_the_main_job_and_ctrl_c_leaves_no_process():
     children = children_of(up.pid)
 
     assert f"http://127.0.0.1:{port}/v1" in shown
-    assert "curl " in shown
-    assert "OpenAI(" in shown
+    curl = re.search(r"^  curl .*?\}'$", shown, re.MULTILINE | re.DOTALL)[0]
+    snippet = re.search(r"^  from openai.*?content\)$", shown, re.MULTILINE | re.DOTALL)[0]
+    for command in (["sh", "-c", curl], [sys.executable, "-c", textwrap.dedent(snippet)]):
+        assert "Paris" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = re.findall(r"(r\d) +(\d+) +(\d+) +([\d.]+) s", shown)
     (home, _, cold_cached, cold), (warm_home, _, warm_cached, warm), (other, *_) = rows
     assert (home, cold_cached) == (warm_home, "0")
