@@ -74,7 +74,7 @@ class Child:
     async def ended(self) -> int:
         """Wait until the process has ended and its output is read; the exit code."""
         code = await self.process.wait()
-        await self.reading
+        await asyncio.shield(self.reading)  # whoever stops waiting must not stop the reading
         return code
 
     def obituary(self) -> str:
