@@ -59,5 +59,6 @@ def _describe(placer: Placer, replica: Replica) -> dict[str, Any]:
         "in_flight": replica.num_in_flight,
         "decoding": replica.num_decoding,
         "queued_tokens": replica.queued_tokens,
+        "reported": replica.report,
         "prefill_tokens_per_s": round(placer.fleet.prefill_tokens_per_s(replica), 1),
     }

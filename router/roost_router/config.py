@@ -45,6 +45,8 @@ def _check_url(url: str) -> None:
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
+    if usable and "@" in parts.netloc:
+        raise ConfigError(f"'{parts.hostname}' is given with a user name: replicas take none")
     if not usable:
         raise ConfigError(f"'{url}' is not a replica's URL; it looks like http://127.0.0.1:8101")
     if parts.path.rstrip("/").endswith("/v1"):

@@ -17,6 +17,7 @@ from struct import pack
 from typing import Any
 
 import msgspec
+from xxhash import xxh3_128_hexdigest
 
 from roost_router.errors import BadRequestError
 
@@ -101,10 +102,15 @@ def _content(content: Any) -> bytes:
         return b"\n".join(
             part["text"].encode()
             if isinstance(part, dict) and isinstance(part.get("text"), str)
-            else msgspec.json.encode(part)
+            else _digest(part)
             for part in content
         )
     return b"" if content is None else msgspec.json.encode(content)
+
+
+def _digest(part: Any) -> bytes:
+    """A part that is not text, say an image: its bytes say nothing about its tokens."""
+    return xxh3_128_hexdigest(msgspec.json.encode(part)).encode()
 
 
 def _completion_prompt(completion: _Completion) -> bytes:

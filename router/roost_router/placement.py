@@ -8,17 +8,23 @@ simulator and the tests drive the same object with their own clock:
     learn        the replica told its prompt and cached tokens
     finish       the request left, for whatever reason
 
-What is learnt. *Bytes per token* turns block counts into tokens. `cached_tokens` corrects the
-index: if a block that we believed resident was not, then with least-recently-used eviction all
-blocks of that replica touched no later than it are gone as well. That holds only for blocks
-that were *settled*, i.e. whose placement had seen its first byte before this one was made: a
-sibling that is still being prefilled is not evicted, only late.
+What is learnt. *Bytes per token*, an average by model, turns block counts into tokens.
+`cached_tokens` corrects the index: if a block that we believed resident was not, then with
+least-recently-used eviction all blocks of that replica touched no later than it are gone as
+well. Two guards keep that deduction true. Only *settled* blocks count, whose placement had seen
+its first byte before this one was made: a sibling that is still being prefilled is not evicted,
+only late. And density varies within a prompt, so the cached tokens are taken to be as many
+bytes as they may plausibly be.
+
+A request that is not streamed shows nothing between its arrival and its end, so its prefill is
+taken to be over when the fitted speed says so.
 
 Not here: any I/O, retries, how bytes reach the replica.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,16 +42,22 @@ if TYPE_CHECKING:
 #: Tokens that the prior of bytes per token weighs, and the most that the past may weigh.
 _PRIOR_TOKENS = 1_000.0
 _MEMORY_TOKENS = 1_000_000.0
-#: Bytes by which a prediction may miss before it counts as an eviction: blocks are cut at 256
-#: bytes here and at (typically) 16 tokens there, and bytes per token is an average.
+#: Averages outside are not of text: parts that are no text, or a replica that counts nonsense.
+_MIN_BYTES_PER_TOKEN = 0.5
+_MAX_BYTES_PER_TOKEN = 16.0
+#: How much denser than average the cached part of a prompt may be.
+_DENSITY_SLACK = 1.5
+#: Blocks are cut at 256 bytes here and at (typically) 16 tokens there.
 _TOLERANCE_BYTES = 2 * TEXT_BLOCK_BYTES
-_TOLERANCE_SHARE = 0.15
+#: Fewer events say more about the first and the last than about the pace between them.
+_MIN_EVENTS_FOR_ITL = 8
 
 
 class Placement(msgspec.Struct, kw_only=True):
     """One request on one replica, from decision to end."""
 
     replica: Replica
+    model: str
     decision: Decision
     candidates: list[Candidate]
     stamp: int
@@ -61,8 +73,19 @@ class Placement(msgspec.Struct, kw_only=True):
     matched_stamps: list[int]  # stamps of the matched blocks before this placement
     oldest_pending: int  # oldest placement of this replica still without a first byte
     first_byte_at: float | None = None
+    is_decoding: bool = False  # counted as a running stream, no longer as queued
     is_finished: bool = False
     has_learnt: bool = False
+
+    def explain(self) -> str:
+        """Why this replica: every candidate with what it held, had to do, and would cost."""
+        return "; ".join(
+            f"{'*' if i == self.decision.chosen else ''}{c.name} cost {cost:.3f} s "
+            f"(matched {c.matched_tokens}, uncached {c.uncached_tokens}, queued "
+            f"{c.queued_tokens} tokens, {c.num_decoding} decoding, "
+            f"{c.prefill_tokens_per_s:.0f} tokens/s)"
+            for i, (c, cost) in enumerate(zip(self.candidates, self.decision.costs_s, strict=True))
+        )
 
 
 class Placer:
@@ -75,13 +98,10 @@ class Placer:
         self._rng = rng
         self._stamp = 0
         self._pending: dict[str, dict[int, None]] = {r.name: {} for r in fleet.replicas}
-        self._bytes_seen = PRIOR_BYTES_PER_TOKEN * _PRIOR_TOKENS
-        self._tokens_seen = _PRIOR_TOKENS
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of canonical prompt a token, over recent traffic."""
-        return self._bytes_seen / self._tokens_seen
+        self._silent: dict[str, deque[tuple[float, Placement]]] = {
+            r.name: deque() for r in fleet.replicas
+        }
+        self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
 
     def place(
         self, fields: RoutingFields, now: float, tried: frozenset[str] = frozenset()
@@ -91,24 +111,30 @@ class Placer:
         Raises ModelNotFoundError or NoReplicaError. O(prompt bytes + candidates).
         """
         replicas = self.fleet.candidates(fields.model, tried)
+        for replica in replicas:
+            self._assume_prefilled(replica, now)
         chain = text_chain(fields.prompt)
         holders = 0
         for replica in replicas:
             holders |= 1 << replica.holder
         depths = self.index.lookup(chain, holders)
-        prompt_tokens = max(1, round(len(fields.prompt) / self.bytes_per_token))
+        density = self.fleet.bytes_per_token(fields.model)
+        prompt_tokens = max(1, round(len(fields.prompt) / density))
+        block_tokens = TEXT_BLOCK_BYTES / density
         candidates = [
-            self._candidate(replica, depths.get(replica.holder, 0), prompt_tokens, now)
+            self._candidate(
+                replica, prompt_tokens, int(depths.get(replica.holder, 0) * block_tokens), now
+            )
             for replica in replicas
         ]
         decision = self._policy.pick(candidates, self._rng)
         return self._record(
             replicas[decision.chosen],
+            fields,
             decision=decision,
             candidates=candidates,
             chain=chain,
             matched_blocks=depths.get(replicas[decision.chosen].holder, 0),
-            prompt_bytes=len(fields.prompt),
             now=now,
         )
 
@@ -118,25 +144,39 @@ class Placer:
             return
         placement.first_byte_at = now
         replica = placement.replica
-        replica.start_decoding(placement.uncached_tokens)
+        self._start_decoding(placement)
         self._settle(placement)
+        if placement.holder == replica.holder:
+            self.index.trim(placement.holder)
         if streamed:
             replica.speed.observe_ttft(placement.work_tokens, now - placement.placed_at)
 
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> None:
-        """The replica counted the prompt and, maybe, told what its cache held. Once a request."""
+        """The replica counted the prompt and, maybe, told what its cache held. Once a request.
+
+        Figures that cannot be true are ignored: a replica's mistake must not spoil the others.
+        """
         if placement.has_learnt or prompt_tokens <= 0:
             return
         placement.has_learnt = True
+        density = placement.prompt_bytes / prompt_tokens
+        if not _MIN_BYTES_PER_TOKEN <= density <= _MAX_BYTES_PER_TOKEN:
+            return
+        prior = (PRIOR_BYTES_PER_TOKEN * _PRIOR_TOKENS, _PRIOR_TOKENS)
+        num_bytes, num_tokens = self._seen.get(placement.model, prior)
         keep = max(0.0, 1.0 - prompt_tokens / _MEMORY_TOKENS)
-        self._bytes_seen = self._bytes_seen * keep + placement.prompt_bytes
-        self._tokens_seen = self._tokens_seen * keep + prompt_tokens
-        self.fleet.set_bytes_per_token(self.bytes_per_token)
-        if cached_tokens is not None and placement.matched_blocks:
-            self._correct(placement, prompt_tokens, cached_tokens)
+        num_bytes = num_bytes * keep + placement.prompt_bytes
+        num_tokens = num_tokens * keep + prompt_tokens
+        self._seen[placement.model] = (num_bytes, num_tokens)
+        self.fleet.set_bytes_per_token(placement.model, num_bytes / num_tokens)
+        if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
+            self._correct(placement, cached_tokens, density)
 
     def finish(self, placement: Placement, now: float, num_events: int = 0) -> None:
-        """The request left: answered, failed or aborted. Idempotent."""
+        """The request left: answered, failed or aborted. Idempotent.
+
+        `num_events`: events of a stream that went at the replica's own pace, else 0.
+        """
         if placement.is_finished:
             return
         placement.is_finished = True
@@ -146,17 +186,28 @@ class Placer:
             if placement.holder == replica.holder:  # it may never have been computed
                 unmatched = placement.chain[placement.matched_blocks :]
                 self.index.undo(placement.holder, unmatched, placement.stamp)
-        elif num_events > 1:
+        elif num_events >= _MIN_EVENTS_FOR_ITL:
             itl_s = (now - first_at) / (num_events - 1)
             replica.speed.observe_itl(itl_s, max(1, replica.num_decoding))
-        replica.release(placement.uncached_tokens, decoding=first_at is not None)
+        replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
+
+    def _assume_prefilled(self, replica: Replica, now: float) -> None:
+        """Count requests that are not streamed as decoding once their prefill must be over."""
+        silent = self._silent[replica.name]
+        while silent and silent[0][0] <= now:
+            placement = silent.popleft()[1]
+            if not placement.is_finished:
+                self._start_decoding(placement)
+
+    def _start_decoding(self, placement: Placement) -> None:
+        if not placement.is_decoding:
+            placement.is_decoding = True
+            placement.replica.start_decoding(placement.uncached_tokens)
 
     def _candidate(
-        self, replica: Replica, matched_blocks: int, prompt_tokens: int, now: float
+        self, replica: Replica, prompt_tokens: int, matched_tokens: int, now: float
     ) -> Candidate:
-        matched = min(
-            prompt_tokens - 1, int(matched_blocks * TEXT_BLOCK_BYTES / self.bytes_per_token)
-        )
+        matched = min(prompt_tokens - 1, matched_tokens)
         return Candidate(
             name=replica.name,
             matched_tokens=matched,
@@ -171,12 +222,12 @@ class Placer:
     def _record(
         self,
         replica: Replica,
+        fields: RoutingFields,
         *,
         decision: Decision,
         candidates: list[Candidate],
         chain: list[int],
         matched_blocks: int,
-        prompt_bytes: int,
         now: float,
     ) -> Placement:
         self._stamp += 1
@@ -184,11 +235,12 @@ class Placer:
         pending = self._pending[replica.name]
         placement = Placement(
             replica=replica,
+            model=fields.model,
             decision=decision,
             candidates=candidates,
             stamp=self._stamp,
             placed_at=now,
-            prompt_bytes=prompt_bytes,
+            prompt_bytes=len(fields.prompt),
             prompt_tokens=chosen.matched_tokens + chosen.uncached_tokens,
             matched_tokens=chosen.matched_tokens,
             uncached_tokens=chosen.uncached_tokens,
@@ -200,6 +252,9 @@ class Placer:
             oldest_pending=next(iter(pending), self._stamp),
         )
         pending[self._stamp] = None
+        if not fields.stream:
+            due = now + placement.work_tokens / chosen.prefill_tokens_per_s
+            self._silent[replica.name].append((due, placement))
         self.index.add(replica.holder, chain, self._stamp)
         replica.reserve(placement.uncached_tokens, now)
         return placement
@@ -207,15 +262,18 @@ class Placer:
     def _settle(self, placement: Placement) -> None:
         self._pending[placement.replica.name].pop(placement.stamp, None)
 
-    def _correct(self, placement: Placement, prompt_tokens: int, cached_tokens: int) -> None:
-        """Drop what the replica must have evicted, if it had less than we believed."""
+    def _correct(self, placement: Placement, cached_tokens: int, density: float) -> None:
+        """Drop what the replica must have evicted, if it had less than we believed.
+
+        `density`: bytes a token of this prompt as a whole.
+        """
         if placement.holder != placement.replica.holder:
             return
-        cached_bytes = cached_tokens * placement.prompt_bytes / prompt_tokens
-        believed_bytes = placement.matched_blocks * TEXT_BLOCK_BYTES
-        tolerance = max(_TOLERANCE_BYTES, _TOLERANCE_SHARE * believed_bytes)
-        if believed_bytes - cached_bytes <= tolerance:
+        densest = _DENSITY_SLACK * max(density, self.fleet.bytes_per_token(placement.model))
+        cached_bytes = int(cached_tokens * densest) + _TOLERANCE_BYTES
+        if placement.matched_blocks * TEXT_BLOCK_BYTES <= cached_bytes:
             return
-        missing = placement.matched_stamps[int(cached_bytes) // TEXT_BLOCK_BYTES]
+        # Not the first that is missing, but the first that surely is: as old or older.
+        missing = placement.matched_stamps[cached_bytes // TEXT_BLOCK_BYTES]
         if missing < placement.oldest_pending:
             self.index.forget_older(placement.holder, missing)

@@ -20,6 +20,10 @@ _MAX_PAGE_BYTES = 8 << 20
 _log = logging.getLogger(__name__)
 
 
+class _BadPageError(ValueError):
+    """A replica answered something that is of no use."""
+
+
 class _Model(msgspec.Struct):
     id: str
 
@@ -61,24 +65,37 @@ class Poller:
     async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
         base = replica.url.rstrip("/")
         try:
-            async with session.get(f"{base}/v1/models") as answer:
-                answer.raise_for_status()
-                models = _models_decoder.decode(await answer.read())
+            async with session.get(f"{base}/v1/models", allow_redirects=False) as answer:
+                if answer.status != 200:
+                    raise _BadPageError(f"/v1/models answered {answer.status}")
+                models = _models_decoder.decode(await _read(answer))
             report = await self._report(session, base)
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, ConnectionRefusedError):
                 self._fleet.refused(replica)
             else:
                 self._fleet.poll_failed(replica)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
+            # TimeoutError is an OSError; msgspec's and Unicode's errors are ValueErrors. One
+            # replica's nonsense must not end the polling of the others.
+            _log.debug("poll of %s failed: %r", replica.name, error)
             self._fleet.poll_failed(replica)
         else:
             self._fleet.answered(replica, (model.id for model in models.data), report)
 
     async def _report(self, session: aiohttp.ClientSession, base: str) -> LoadReport:
         """The replica's own figures; an empty report where there is no usable page."""
-        async with session.get(f"{base}/metrics") as answer:
+        async with session.get(f"{base}/metrics", allow_redirects=False) as answer:
             if answer.status != 200:
                 return LoadReport()
-            page = await answer.content.read(_MAX_PAGE_BYTES)
-            return parse_load_report(page.decode("utf-8", "replace"))
+            return parse_load_report((await _read(answer)).decode("utf-8", "replace"))
+
+
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    """The whole body. _BadPageError if it exceeds _MAX_PAGE_BYTES."""
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > _MAX_PAGE_BYTES:
+            raise _BadPageError(f"the page exceeds {_MAX_PAGE_BYTES} bytes")
+    return bytes(body)

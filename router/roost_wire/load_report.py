@@ -27,6 +27,8 @@ _WANTED = frozenset(
     }
 )
 _PREFIXES = tuple(sorted(_WANTED))
+#: Larger capacities are nonsense, and would end up in sizes of data structures.
+_MAX_TOKENS = 1 << 40
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,9 +44,11 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
 def parse_load_report(page: str) -> LoadReport:
     """Read a Prometheus text page. Lines that do not parse are skipped; O(length of page).
 
-    Samples of several engines behind one page (data parallel ranks) are added up.
+    Samples of several engines behind one page (data parallel ranks) are added up, usage is
+    averaged over them.
     """
     totals: dict[str, float] = {}
+    num_usages = 0
     capacity: int | None = None
     for line in page.splitlines():
         if not line.startswith(_PREFIXES):
@@ -59,10 +63,11 @@ def parse_load_report(page: str) -> LoadReport:
         value = _number(match["value"])
         if value is not None:
             totals[match["name"]] = totals.get(match["name"], 0.0) + value
+            num_usages += match["name"] == names.KV_CACHE_USAGE
     return LoadReport(
         num_running=_count(totals.get(names.NUM_REQUESTS_RUNNING)),
         num_waiting=_count(totals.get(names.NUM_REQUESTS_WAITING)),
-        kv_usage=totals.get(names.KV_CACHE_USAGE),
+        kv_usage=totals[names.KV_CACHE_USAGE] / num_usages if num_usages else None,
         kv_capacity_tokens=capacity,
         started_at=totals.get("process_start_time_seconds"),
     )
@@ -71,9 +76,10 @@ def parse_load_report(page: str) -> LoadReport:
 def _capacity(labels: str) -> int | None:
     found = dict(_LABEL.findall(labels))
     try:
-        return int(found["block_size"]) * int(found["num_gpu_blocks"])
+        tokens = int(found["block_size"]) * int(found["num_gpu_blocks"])
     except (KeyError, ValueError):
         return None
+    return tokens if 0 < tokens <= _MAX_TOKENS else None
 
 
 def _number(text: str) -> float | None:
@@ -85,4 +91,4 @@ def _number(text: str) -> float | None:
 
 
 def _count(value: float | None) -> int | None:
-    return None if value is None else int(value)
+    return int(value) if value is not None and 0 <= value <= _MAX_TOKENS else None

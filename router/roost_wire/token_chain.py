@@ -12,7 +12,7 @@ tokens as well (roost_engine.blocks does). Only full blocks have a hash.
 Cost: two C calls a block, about 0.4 µs; O(number of tokens).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import pack
 
 from xxhash import xxh3_64_intdigest
@@ -32,11 +32,19 @@ def next_block_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int
     return xxh3_64_intdigest(pack("<QQ", parent_hash, local), XXH3_SEED)
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int) -> list[int]:
-    """Chain of all full blocks of `token_ids`; a last partial block has no hash."""
+def block_hashes(
+    token_ids: Sequence[int],
+    block_size: int,
+    *,
+    hash_block: Callable[[int | None, Sequence[int]], int] = next_block_hash,
+) -> list[int]:
+    """Chain of all full blocks of `token_ids`; a last partial block has no hash.
+
+    `hash_block` is replaced only by tests, to force collisions.
+    """
     hashes: list[int] = []
     parent: int | None = None
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = next_block_hash(parent, token_ids[start : start + block_size])
+        parent = hash_block(parent, token_ids[start : start + block_size])
         hashes.append(parent)
     return hashes

@@ -169,8 +169,80 @@ def test_bytes_per_token_follow_the_traffic_and_capacities_follow_them():
         placer.learn(placement, len(other_prompt(n)) // 2, None)
         placer.finish(placement, n + 0.2)
 
-    assert placer.bytes_per_token == pytest.approx(2.0, rel=0.02)
+    assert placer.fleet.bytes_per_token("m") == pytest.approx(2.0, rel=0.02)
+    assert placer.fleet.bytes_per_token("another model") == 4.0
     assert placer.index.num_blocks(placer.fleet.replicas[0].holder) == pytest.approx(50, abs=3)
+
+
+@pytest.mark.parametrize("prompt_tokens", [-5, 0, 1, 3, 10**9, 10**308])
+def test_counts_that_cannot_be_true_teach_nothing(prompt_tokens):
+    placer = make_placer(1)
+    placement = placer.place(ask(PROMPT), 0.0)
+
+    placer.learn(placement, prompt_tokens, -7)
+
+    assert placer.fleet.bytes_per_token("m") == 4.0
+    assert placer.place(ask(PROMPT), 0.0).matched_blocks == BLOCKS
+
+
+@pytest.mark.parametrize("cached_tokens", [-1, 1281, 10**12])
+def test_cached_tokens_that_cannot_be_true_correct_nothing(cached_tokens):
+    placer = make_placer(1)
+    old = complete(placer, other_prompt(1), 0.0)
+    complete(placer, PROMPT, 10.0)
+
+    complete(placer, PROMPT, 20.0, cached_tokens=cached_tokens)
+
+    assert {old.holder: BLOCKS} == placer.index.lookup(old.chain, 1)
+
+
+def test_a_dense_prefix_before_a_sparse_tail_is_not_taken_for_an_eviction():
+    """English at 4.5 bytes a token, fully cached, then a hex dump at 2: nothing was evicted."""
+    placer = make_placer(1)
+    old = complete(placer, other_prompt(1), 0.0)
+    complete(placer, PROMPT, 10.0)
+    dump = bytes(range(255, -1, -1)) * 20
+
+    mixed = placer.place(ask(PROMPT + dump), 20.0)
+    placer.first_byte(mixed, 21.0, streamed=True)
+    placer.learn(mixed, round(5120 / 4.5 + 5120 / 2), round(5120 / 4.5))
+
+    assert {old.holder: BLOCKS} == placer.index.lookup(old.chain, 1)
+
+
+def test_a_prompt_that_is_refused_evicts_nothing():
+    placer = make_placer(1, capacity_tokens=6400)  # 100 blocks
+    resident = complete(placer, PROMPT, 0.0)
+
+    giant = placer.place(ask(other_prompt(3, blocks=500)), 1.0)
+    placer.finish(giant, 2.0)
+
+    assert {resident.holder: BLOCKS} == placer.index.lookup(resident.chain, 1)
+    assert placer.index.num_blocks(resident.holder) == BLOCKS
+
+
+def test_whole_answers_leave_the_queue_when_their_prefill_must_be_over():
+    placer = make_placer(1)
+    whole = RoutingFields("m", stream=False, prompt=PROMPT)
+    first = placer.place(whole, 0.0)
+    assert [(1280, 1, 0)] == loads(placer)
+
+    placer.place(whole, 100.0)
+    assert placer.fleet.replicas[0].num_decoding == 1
+    placer.finish(first, 101.0)
+
+    assert placer.fleet.replicas[0].num_decoding == 0
+
+
+def test_a_decision_explains_itself():
+    placer = make_placer(2)
+    complete(placer, PROMPT, 0.0)
+
+    text = placer.place(ask(PROMPT), 10.0).explain()
+
+    assert "*r" in text
+    assert "matched 1279" in text
+    assert "matched 0, uncached 1280" in text
 
 
 def test_tried_replicas_are_left_out_until_none_is_left():
@@ -226,6 +298,20 @@ def test_what_an_old_epoch_learnt_does_not_touch_the_new_one():
     placer.finish(old, 3.0)
 
     assert {new.holder: BLOCKS} == placer.index.lookup(new.chain, 1 << new.holder)
+
+
+def test_a_page_that_lacks_a_figure_once_unmakes_nothing():
+    placer = make_placer(1, capacity_tokens=6400)
+    replica = placer.fleet.replicas[0]
+    placer.fleet.answered(replica, ["m"], LoadReport(started_at=1.0, kv_capacity_tokens=6400))
+    placement = complete(placer, PROMPT, 0.0)
+
+    placer.fleet.answered(replica, ["m"], LoadReport())
+    assert replica.kv_capacity_tokens == 6400
+    assert placement.holder == replica.holder
+
+    placer.fleet.answered(replica, ["m"], LoadReport(started_at=2.0))
+    assert placement.holder != replica.holder
 
 
 def test_a_replica_is_down_only_after_three_late_polls():

@@ -27,7 +27,6 @@ class Model:
         for block in reversed(chain):
             self.held[holder].pop(block, None)
             self.held[holder][block] = stamp
-        self.evict(holder)
 
     def evict(self, holder):
         held = self.held[holder]
@@ -95,6 +94,13 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(gone) == self.index.forget_older(holder, limit)
 
     @precondition(lambda self: self.model.held)
+    @rule(data=st.data())
+    def trim(self, data):
+        holder = self.pick(data)
+        self.index.trim(holder)
+        self.model.evict(holder)
+
+    @precondition(lambda self: self.model.held)
     @rule(data=st.data(), capacity=st.integers(1, 12))
     def set_capacity(self, data, capacity):
         holder = self.pick(data)
@@ -150,6 +156,7 @@ def test_a_chain_longer_than_the_capacity_keeps_its_head():
     holder = index.open_holder(3)
 
     index.add(holder, [1, 2, 3, 4, 5], 1)
+    index.trim(holder)
 
     assert {holder: 3} == index.lookup([1, 2, 3, 4, 5], 1 << holder)
 

@@ -32,6 +32,7 @@ def test_a_vllm_page_is_read():
 def test_data_parallel_ranks_are_added_up():
     page = "".join(
         f'vllm:num_requests_running{{engine="{rank}"}} {rank + 1}\n'
+        f'vllm:kv_cache_usage_perc{{engine="{rank}"}} 0.{rank + 1}\n'
         f'vllm:cache_config_info{{engine="{rank}",block_size="16",num_gpu_blocks="10"}} 1\n'
         for rank in range(2)
     )
@@ -39,6 +40,21 @@ def test_data_parallel_ranks_are_added_up():
     report = parse_load_report(page)
 
     assert (report.num_running, report.kv_capacity_tokens) == (3, 320)
+    assert report.kv_usage is not None
+    assert abs(report.kv_usage - 0.15) < 1e-9
+
+
+def test_figures_that_cannot_be_true_are_none():
+    page = (
+        f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{"9" * 400}"}} 1\n'
+        'vllm:num_requests_running{a="b"} -3\n'
+        'vllm:num_requests_waiting{a="b"} 1e300\n'
+    )
+
+    assert parse_load_report(page) == LoadReport()
+    assert parse_load_report('vllm:cache_config_info{block_size="0",num_gpu_blocks="9"} 1\n') == (
+        LoadReport()
+    )
 
 
 def test_what_is_missing_or_broken_is_none():

@@ -24,6 +24,7 @@ from roost_wire.load_report import LoadReport
 DEFAULT_KV_CAPACITY_TOKENS = 262_144
 #: English text in a 32k to 150k vocabulary; traffic corrects it.
 PRIOR_BYTES_PER_TOKEN = 4.0
+_DEFAULT_BLOCKS = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN) // TEXT_BLOCK_BYTES
 #: Capacity in blocks is set anew only when it moved by more than this share.
 _RESIZE_SHARE = 0.05
 
@@ -33,10 +34,10 @@ class Fleet:
 
     def __init__(self, index: PrefixIndex, urls: Iterable[str]) -> None:
         self._index = index
-        self._bytes_per_token = PRIOR_BYTES_PER_TOKEN
+        self._bytes_per_token: dict[str, float] = {}  # by model
         self._capacity_blocks: dict[int, int] = {}
         self.replicas = [
-            Replica(f"r{number}", url, self._open_holder(DEFAULT_KV_CAPACITY_TOKENS))
+            Replica(f"r{number}", url, self._open_holder(_DEFAULT_BLOCKS))
             for number, url in enumerate(urls)
         ]
 
@@ -90,8 +91,11 @@ class Fleet:
         replica.state = ReplicaState.UP
         replica.num_failed_polls = 0
         replica.models = tuple(models)
-        replica.started_at = report.started_at
-        replica.kv_capacity_tokens = report.kv_capacity_tokens
+        replica.report = report
+        if report.started_at is not None:  # a page that lacks it once does not unmake it
+            replica.started_at = report.started_at
+        if report.kv_capacity_tokens is not None:
+            replica.kv_capacity_tokens = report.kv_capacity_tokens
         self._resize(replica)
 
     def refused(self, replica: Replica) -> None:
@@ -107,14 +111,18 @@ class Fleet:
         if replica.num_failed_polls >= MAX_FAILED_POLLS and replica.is_up:
             replica.state = ReplicaState.DOWN
 
-    def set_bytes_per_token(self, bytes_per_token: float) -> None:
-        """Prompts turned out to have `bytes_per_token`: capacities in blocks follow."""
-        self._bytes_per_token = bytes_per_token
-        for replica in self.replicas:
-            self._resize(replica)
+    def bytes_per_token(self, model: str) -> float:
+        """Bytes of canonical prompt a token of `model`, over recent traffic."""
+        return self._bytes_per_token.get(model, PRIOR_BYTES_PER_TOKEN)
 
-    def _open_holder(self, capacity_tokens: int) -> int:
-        blocks = self._blocks(capacity_tokens)
+    def set_bytes_per_token(self, model: str, bytes_per_token: float) -> None:
+        """Prompts of `model` turned out to be that dense: capacities in blocks follow."""
+        self._bytes_per_token[model] = bytes_per_token
+        for replica in self.replicas:
+            if model in replica.models:
+                self._resize(replica)
+
+    def _open_holder(self, blocks: int) -> int:
         holder = self._index.open_holder(blocks)
         self._capacity_blocks[holder] = blocks
         return holder
@@ -122,17 +130,17 @@ class Fleet:
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
         del self._capacity_blocks[replica.holder]
-        replica.holder = self._open_holder(self._capacity_tokens(replica))
+        replica.holder = self._open_holder(self._blocks(replica))
 
     def _resize(self, replica: Replica) -> None:
-        blocks = self._blocks(self._capacity_tokens(replica))
+        blocks = self._blocks(replica)
         before = self._capacity_blocks[replica.holder]
         if abs(blocks - before) > _RESIZE_SHARE * before:
             self._capacity_blocks[replica.holder] = blocks
             self._index.set_capacity(replica.holder, blocks)
 
-    def _capacity_tokens(self, replica: Replica) -> int:
-        return replica.kv_capacity_tokens or DEFAULT_KV_CAPACITY_TOKENS
-
-    def _blocks(self, tokens: int) -> int:
-        return max(1, int(tokens * self._bytes_per_token) // TEXT_BLOCK_BYTES)
+    def _blocks(self, replica: Replica) -> int:
+        """Text blocks that the replica's KV cache holds, by the density of its first model."""
+        tokens = replica.kv_capacity_tokens or DEFAULT_KV_CAPACITY_TOKENS
+        model = replica.models[0] if replica.models else ""
+        return max(1, int(tokens * self.bytes_per_token(model)) // TEXT_BLOCK_BYTES)

@@ -18,6 +18,7 @@ from enum import Enum
 from math import exp
 
 from roost_router.fleet.speed import Speed
+from roost_wire.load_report import LoadReport
 
 RECENT_S = 60.0
 #: Failed polls in a row before a replica that merely answers late counts as down.
@@ -43,6 +44,7 @@ class Replica:
         self.models: tuple[str, ...] = ()
         self.kv_capacity_tokens: int | None = None
         self.started_at: float | None = None
+        self.report = LoadReport()  # its own figures, as of the last poll
         self.num_failed_polls = 0
         self.speed = Speed()
         self.queued_tokens = 0

@@ -1,7 +1,7 @@
 """Prefix index: which replica is believed to hold how much of a prompt. Pure.
 
     _holders   block hash -> bitmask of holders      (one dict for the whole fleet)
-    _lru       holder -> {block hash: stamp}, oldest first, at most `capacity` blocks
+    _lru       holder -> {block hash: stamp}, oldest first; `capacity` blocks after `trim`
 
 A *holder* is one epoch of one replica: when a replica restarts, its holder is retired and it
 gets a new one, so that old knowledge disappears in O(1); the retired blocks are swept later, a
@@ -61,7 +61,13 @@ class PrefixIndex:
     def set_capacity(self, holder: int, capacity_blocks: int) -> None:
         """Change how many blocks `holder` is believed to keep; the oldest beyond it go."""
         self._capacity[holder] = max(1, capacity_blocks)
-        self._evict(holder)
+        self.trim(holder)
+
+    def trim(self, holder: int) -> None:
+        """Evict the oldest blocks beyond the capacity. O(evicted)."""
+        lru, capacity = self._lru[holder], self._capacity[holder]
+        while len(lru) > capacity:
+            self._drop(lru.popitem(last=False)[0], holder)
 
     def num_blocks(self, holder: int) -> int:
         """Blocks that `holder` is believed to hold."""
@@ -105,7 +111,10 @@ class PrefixIndex:
         return [lru[block] for block in chain]
 
     def add(self, holder: int, chain: Sequence[int], stamp: int) -> None:
-        """Note that `holder` holds all of `chain` from now on, and touch it. O(len(chain))."""
+        """Note that `holder` holds all of `chain` from now on, and touch it. O(len(chain)).
+
+        Nothing is evicted yet, see `trim`: the replica may still refuse the prompt.
+        """
         lru, bit, holders = self._lru[holder], 1 << holder, self._holders
         for block in reversed(chain):  # heads last: they are the youngest, evicted last
             if block in lru:
@@ -113,7 +122,6 @@ class PrefixIndex:
             else:
                 holders[block] = holders.get(block, 0) | bit
             lru[block] = stamp
-        self._evict(holder)
         if self._retired:
             self._sweep(_SWEEP_PER_BLOCK * len(chain))
 
@@ -140,11 +148,6 @@ class PrefixIndex:
             self._drop(block, holder)
             dropped += 1
         return dropped
-
-    def _evict(self, holder: int) -> None:
-        lru, capacity = self._lru[holder], self._capacity[holder]
-        while len(lru) > capacity:
-            self._drop(lru.popitem(last=False)[0], holder)
 
     def _sweep(self, num_blocks: int) -> None:
         holder, lru = next(iter(self._retired.items()))
