@@ -21,12 +21,10 @@ def admin(router: Any) -> str:
     return "http://{}:{}".format(*router.admin_address)
 
 
-async def raw(router: Any, data: bytes, *, half_close: bool = False) -> bytes:
+async def raw(router: Any, data: bytes) -> bytes:
     """Send bytes, read until the router closes."""
     reader, writer = await asyncio.open_connection(*router.address)
     writer.write(data)
-    if half_close:
-        writer.write_eof()
     async with asyncio.timeout(5):
         answer = await reader.read()
     writer.close()
@@ -241,7 +239,7 @@ async def test_a_plain_text_error_of_a_replica_becomes_an_openai_error(start_rou
 
 
 GZIPPED = (
-    b"POST /v1/completions HTTP/1.1\r\nContent-Encoding: gzip\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\n"
     b"Connection: close\r\nContent-Length: 1\r\n\r\nx"
 )
 BAD_REQUESTS = [
@@ -303,14 +301,18 @@ async def test_bad_requests_get_openai_errors(
         (b"GARBAGE\r\n\r\n", 400),
         (b"GET / HTTP/9.9\r\n\r\n", 400),
         (
-            b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
             400,
         ),
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 33554433\r\n\r\n", 413),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 33554433\r\n\r\n", 413),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
         (b"GET /v1/models HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n", 431),
         (b"GET /v1/models HTTP/1.1\r\n" + b"X: a\r\n" * 129 + b"\r\n", 431),
         (GZIPPED, 415),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
+        (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+        (b"GET /v1/models HTTP/2.0\r\nHost: a\r\n\r\n", 400),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         (b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n", 404),
     ],
 )
@@ -323,11 +325,22 @@ async def test_malformed_http_is_answered_and_closed(start_router, replicas, dat
     assert b'"error"' in answer
 
 
+async def test_a_header_line_that_does_not_end_is_cut_off(start_router, replicas):
+    router = await start_router(replicas[0])
+    _, writer = await asyncio.open_connection(*router.address)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nX: ")
+
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            writer.write(b"a" * 100_000)
+            await writer.drain()
+
+
 async def test_an_upgrade_is_ignored_and_ends_the_connection(start_router, replicas):
     router = await start_router(replicas[0])
     body = json.dumps(CHAT).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\n"
-    head += b"Upgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head += b"Host: a\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(body)
 
     answer = await raw(router, head + body + b"more")
 

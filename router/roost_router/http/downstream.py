@@ -2,8 +2,8 @@
 
 Knows HTTP/1.1 and its limits, decides nothing else. Any malformed byte answers 400 and closes:
 after it, nobody can know where the next request begins. Requests that a client pipelines wait
-in order; reading never pauses for good while one is served, for a paused socket cannot tell
-that its client has left.
+in order, within bounds; reading never pauses while one is served, for a paused socket cannot
+tell that its client has left. While the client's own buffer is full, none is served.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from roost_router.http.head import Headers, response_head
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
-#: Bytes a client may send ahead of the answer it waits for before it is cut off.
+#: Requests that may wait behind the one being served; their bodies together may be as large as
+#: one body.
 _MAX_PIPELINED = 64
+#: The most that one read may bring (uvloop's buffer).
+_READ_BYTES = 256 * 1024
 
 
 class Request(msgspec.Struct):
@@ -83,14 +86,17 @@ class Downstream(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Request] = deque()
         self._active: Answering | None = None
+        self._body: bytes | bytearray = b""
         self._is_closing = False  # no further request is read
+        self._is_paused = False  # the client does not read what was written
+        self._waiting_bytes = 0  # bodies of waiting requests
         self._body_left = 0  # bytes of a body that llhttp does not read, see _ignore_upgrade
         self._reset()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being served or waiting."""
-        return self._active is None and not self._waiting
+        """Whether no request is being served, waiting, or half read."""
+        return self._active is None and not self._waiting and not self._has_begun
 
     def write(self, data: bytes) -> None:
         """Send bytes of the answer."""
@@ -100,10 +106,12 @@ class Downstream(asyncio.Protocol):
     def finish(self, *, keep_alive: bool) -> None:
         """The answer is complete; serve the next request or close."""
         self._active = None
-        if not keep_alive or self._is_closing or self._service.is_draining:
+        if not keep_alive or self._service.is_draining:
             self.close()
         elif self._waiting:
             self._serve_next()
+        elif self._is_closing:
+            self.close()
 
     def close(self) -> None:
         """Close once all is written."""
@@ -148,13 +156,17 @@ class Downstream(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """asyncio: the client reads too slowly."""
+        self._is_paused = True
         if self._active is not None:
             self._active.pause()
 
     def resume_writing(self) -> None:
         """asyncio: the client has caught up."""
+        self._is_paused = False
         if self._active is not None:
             self._active.resume()
+        elif self._waiting:
+            self._serve_next()
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes from the client."""
@@ -163,6 +175,7 @@ class Downstream(asyncio.Protocol):
         if self._body_left:
             self._read_body(data)
             return
+        head_was_pending = not self._has_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -172,12 +185,16 @@ class Downstream(asyncio.Protocol):
             self._stop(cause if isinstance(cause, RouterError) else BadRequestError(str(error)))
         except httptools.HttpParserError as error:
             self._stop(BadRequestError(f"the request is not valid HTTP/1.1: {error}"))
+        else:
+            if head_was_pending and not self._has_head:
+                self._bound_unread_head(len(data))
 
     # llhttp's side; an exception raised here ends feed_data
 
     def on_message_begin(self) -> None:
         """llhttp: a request begins."""
         self._reset()
+        self._has_begun = True
 
     def on_url(self, url: bytes) -> None:
         """llhttp: some of the target."""
@@ -195,18 +212,18 @@ class Downstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """llhttp: the head is complete; judge the announced size before the body comes."""
         self._has_head = True
+        self._check_version_and_host()
         for name, value in self._headers:
             if name == b"content-length" and int(value) > self._service.max_body_bytes:
                 raise BodyTooLargeError(self._service.max_body_bytes)
-            if name == b"expect" and value.lower() == b"100-continue" and self.is_idle:
+            if name == b"expect" and value.lower() == b"100-continue" and self._active is None:
                 self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
-        self._body_bytes += len(data)
-        if self._body_bytes > self._service.max_body_bytes:
+        if len(self._body) + len(data) > self._service.max_body_bytes:
             raise BodyTooLargeError(self._service.max_body_bytes)
-        self._body.append(data)
+        self._extend_body(data)
 
     def on_message_complete(self) -> None:
         """llhttp: a request is complete, or, with an Upgrade header, its head is."""
@@ -215,14 +232,17 @@ class Downstream(asyncio.Protocol):
         self._enqueue()
 
     def _enqueue(self) -> None:
-        if len(self._waiting) >= _MAX_PIPELINED:
-            raise BadRequestError(f"more than {_MAX_PIPELINED} pipelined requests")
+        self._waiting_bytes += len(self._body)
+        if len(self._waiting) >= _MAX_PIPELINED or (
+            self._waiting and self._waiting_bytes > self._service.max_body_bytes
+        ):
+            raise BadRequestError("too many pipelined requests")
         is_http_1_0 = self._parser.get_http_version() == "1.0"
         request = Request(
             method=self._parser.get_method(),
-            target=self._target,
+            target=_origin_form(self._target),
             headers=self._headers,
-            body=self._body[0] if len(self._body) == 1 else b"".join(self._body),
+            body=bytes(self._body),
             keep_alive=self._parser.should_keep_alive() and not is_http_1_0,
             is_http_1_0=is_http_1_0,
         )
@@ -230,6 +250,14 @@ class Downstream(asyncio.Protocol):
         self._reset()
         if self._active is None:
             self._serve_next()
+
+    def _extend_body(self, data: bytes) -> None:
+        if not self._body:
+            self._body = data  # the usual case: one piece, never copied
+        elif isinstance(self._body, bytearray):
+            self._body += data
+        else:
+            self._body = bytearray(self._body + data)
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Serve a request that asks for another protocol as HTTP/1.1 (RFC 9110 §7.8), its last.
@@ -247,31 +275,53 @@ class Downstream(asyncio.Protocol):
             self._end_upgraded()
 
     def _read_body(self, data: bytes) -> None:
-        self._body.append(data[: self._body_left])
-        self._body_left -= len(self._body[-1])
+        piece = data[: self._body_left]
+        self._extend_body(piece)
+        self._body_left -= len(piece)
         if not self._body_left:
             self._end_upgraded()
 
     def _end_upgraded(self) -> None:
         self._is_closing = True
-        self._enqueue()
+        try:
+            self._enqueue()
+        except RouterError as error:
+            self._stop(error)
         if self.is_idle:
             self.close()
 
     def _serve_next(self) -> None:
-        exchange = self._service.answer(self, self._waiting.popleft())
+        """Serve the first waiting request, unless the client does not read its answers."""
+        if self._is_paused:
+            return
+        request = self._waiting.popleft()
+        self._waiting_bytes -= len(request.body)
+        exchange = self._service.answer(self, request)
         self._active = exchange
         exchange.start()
 
     def _stop(self, error: RouterError) -> None:
-        """Refuse what was read, unless an answer is under way: then only read no further."""
+        """Refuse what was read; after answers that are under way, only stop reading."""
         self._is_closing = True
-        if self._active is None:
+        if self._active is None and not self._waiting:
             self.refuse(error)
-        else:  # its client broke the framing: stop the work and cut
-            active, self._active = self._active, None
-            active.client_gone()
-            self.close()
+
+    def _check_version_and_host(self) -> None:
+        """RFC 9112: HTTP/1.0 or 1.1, one Host in 1.1, no chunks in 1.0."""
+        version = self._parser.get_http_version()
+        names = [name for name, _ in self._headers]
+        if version not in {"1.0", "1.1"}:
+            raise BadRequestError(f"HTTP/{version} is not spoken here; use HTTP/1.1")
+        if names.count(b"host") > 1 or (version == "1.1" and b"host" not in names):
+            raise BadRequestError("a request has exactly one Host header")
+        if version == "1.0" and b"transfer-encoding" in names:
+            raise BadRequestError("HTTP/1.0 has no chunked bodies")
+
+    def _bound_unread_head(self, num_bytes: int) -> None:
+        """Bound a header line that does not end: llhttp tells of it only when it does."""
+        self._unread_head_bytes += num_bytes
+        if self._unread_head_bytes > MAX_HEAD_BYTES + _READ_BYTES:
+            self._stop(HeadTooLargeError(f"the request head exceeds {MAX_HEAD_BYTES} bytes"))
 
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
@@ -282,9 +332,10 @@ class Downstream(asyncio.Protocol):
         self._target = b""
         self._headers: Headers = []
         self._head_bytes = 0
+        self._unread_head_bytes = 0
+        self._has_begun = False
         self._has_head = False
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body = b""
 
 
 class HeadTooLargeError(BadRequestError):
@@ -292,3 +343,11 @@ class HeadTooLargeError(BadRequestError):
 
     status = 431
     code = "head_too_large"
+
+
+def _origin_form(target: bytes) -> bytes:
+    """Path and query of a target that may name scheme and host as well (RFC 9112 §3.2.2)."""
+    if target.startswith((b"http://", b"https://")):
+        _, slash, path = target.partition(b"://")[2].partition(b"/")
+        return slash + path or b"/"
+    return target

@@ -12,19 +12,29 @@ one error event, no [DONE], and the connection is cut. A stream that ends withou
 as lost, never as a success.
 
 This shell moves bytes and calls the placer at its four moments; what to do where is decided in
-placement.py. Everything runs in event-loop callbacks; the one await is dialling.
+placement.py. Everything runs in event-loop callbacks; the one await is dialling. Each callback
+is guarded: a defect of ours ends this request with a 500, or cuts it, and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import msgspec
 
 from roost_router.errors import RouterError, UpstreamError, error_body
-from roost_router.http.head import Headers, end_to_end, get_header, request_head, response_head
+from roost_router.http.head import (
+    Headers,
+    get_header,
+    request_head,
+    response_head,
+    to_client,
+    to_replica,
+)
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 from roost_router.sse import SseObserver, Usage, read_usage
@@ -34,6 +44,9 @@ if TYPE_CHECKING:
     from roost_router.http.downstream import Downstream, Request
     from roost_router.http.service import DataService
     from roost_router.http.upstream import Upstream
+
+_Arguments = ParamSpec("_Arguments")
+_log = logging.getLogger(__name__)
 
 #: A non-streamed answer up to this size is held until it is complete.
 MAX_HELD_BYTES = 4 << 20
@@ -62,6 +75,21 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     matched_tokens: int | None  # predicted
     cached_tokens: int | None  # reported
     prompt_tokens: int | None  # reported
+
+
+def _guarded(
+    step: Callable[Concatenate[Exchange, _Arguments], None],
+) -> Callable[Concatenate[Exchange, _Arguments], None]:
+    """A request boundary: whatever `step` raises ends its request, and is logged."""
+
+    def run(exchange: Exchange, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            step(exchange, *args, **kwargs)
+        except Exception:  # noqa: BLE001
+            _log.exception("request failed by a defect of the router")
+            exchange.give_up()
+
+    return run
 
 
 class _Leg:
@@ -97,11 +125,12 @@ class Exchange:
         self._attempts = 0
         self._tried: frozenset[str] = frozenset()
         self._is_over = False
+        self._was_paused = False  # then the pace of events is the client's, not the replica's
         self._leg = _Leg()
 
+    @_guarded
     def start(self) -> None:
         """Place the request and send it; ends in `_finish`, `_fail` or `client_gone`."""
-        self._attempts += 1
         try:
             self._placement = self._service.placer.place(
                 self._fields, self._service.now(), self._tried
@@ -109,6 +138,9 @@ class Exchange:
         except RouterError as error:
             self._fail(error)
             return
+        self._attempts += 1
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", self._request_id.decode(), self._placement.explain())
         upstream = self._service.pool(self._placement.replica).try_idle()
         if upstream is None:
             self._dialling = asyncio.ensure_future(self._dial())
@@ -120,8 +152,18 @@ class Exchange:
         if not self._is_over:
             self._end(Outcome.CLIENT_GONE, 499)
 
+    def give_up(self) -> None:
+        """Something that must not happen did: answer 500 if nothing was sent, else cut."""
+        if self._is_over or self._leg.is_relaying:
+            if not self._is_over:
+                self._end(Outcome.CUT, self._leg.status)
+            self._client.abort()
+        else:
+            self._fail(RouterError("the router failed to serve this request"))
+
     def pause(self) -> None:
         """Back-pressure from the client goes to the replica."""
+        self._was_paused = True
         if self._upstream is not None:
             self._upstream.pause()
 
@@ -132,6 +174,7 @@ class Exchange:
 
     # the replica's side (upstream.Listener)
 
+    @_guarded
     def on_head(self, status: int, headers: Headers) -> None:
         """The answer begins: relay a stream at once, hold anything else."""
         assert self._placement is not None
@@ -146,6 +189,7 @@ class Exchange:
             leg.sse, leg.ttft_s = SseObserver(), now - self._started_at
             self._relay_head()
 
+    @_guarded
     def on_body(self, data: bytes) -> None:
         """More of the answer."""
         if self._leg.sse is not None:
@@ -161,10 +205,12 @@ class Exchange:
                 self._relay(part)
             self._leg.held.clear()
 
+    @_guarded
     def on_end(self) -> None:
         """The answer is complete."""
         self._upstream = None
         if self._leg.sse is not None:
+            self._leg.sse.end()
             if not self._leg.sse.is_done:
                 self._cut("the replica ended the stream before it was complete")
                 return
@@ -176,10 +222,13 @@ class Exchange:
         else:
             self._send_held()
 
+    @_guarded
     def on_lost(self, reason: str) -> None:
         """The replica broke off: again elsewhere, or tell the client."""
         upstream, self._upstream = self._upstream, None
-        if self._leg.is_relaying:
+        if self._leg.sse is not None and self._leg.sse.is_done:
+            self.on_end()  # all that counts has come
+        elif self._leg.is_relaying:
             self._cut(reason)
         elif upstream is not None and upstream.num_requests > 1 and not self._leg.status:
             # A kept connection that the replica closed meanwhile says nothing of the replica.
@@ -208,7 +257,7 @@ class Exchange:
         self._upstream = upstream
         self._leg = _Leg()
         request, pool = self._request, self._service.pool(self._placement.replica)
-        headers = end_to_end(request.headers)
+        headers = to_replica(request.headers)
         headers.append((names.REQUEST_ID.encode(), self._request_id))
         head = request_head(
             method=request.method,
@@ -265,7 +314,7 @@ class Exchange:
 
     def _answer_headers(self) -> Headers:
         assert self._placement is not None
-        placement, headers = self._placement, end_to_end(self._leg.headers)
+        placement, headers = self._placement, to_client(self._leg.headers)
         headers += [
             (names.REQUEST_ID.encode(), self._request_id),
             (names.REPLICA.encode(), placement.replica.name.encode()),
@@ -304,7 +353,8 @@ class Exchange:
         message = f"the stream was cut: {reason}"
         if self._leg.sse is not None:
             event = error_body(message, "server_error", None, "upstream_lost")
-            self._relay(b"data: " + event + b"\n\n")
+            start = b"\n\n" if self._leg.sse.is_inside_line else b""
+            self._relay(start + b"data: " + event + b"\n\n")
         self._end(Outcome.CUT, self._leg.status)
         self._client.abort()
 
@@ -319,7 +369,8 @@ class Exchange:
             self._upstream.abandon()
             self._upstream = None
         if placement is not None:
-            num_events = self._leg.sse.num_events if self._leg.sse is not None else 0
+            has_pace = self._leg.sse is not None and not self._was_paused
+            num_events = self._leg.sse.num_events if self._leg.sse and has_pace else 0
             service.placer.finish(placement, now, num_events)
         service.ended(
             self,
@@ -345,12 +396,15 @@ def _outcome(status: int) -> Outcome:
 
 
 def _int(headers: Headers, name: str) -> int | None:
+    """A token count that a replica states in a header, or None."""
     value = get_header(headers, name)
-    return int(value) if value is not None and value.isdigit() else None
+    return int(value) if value is not None and value.isdigit() and len(value) < 10 else None
 
 
 def _openai_shaped(status: int, body: bytes, headers: Headers) -> bytes:
     """`body` if it is a JSON error already, else its text in OpenAI's shape."""
+    if get_header(headers, "content-encoding") is not None:
+        return body  # compressed unasked: not ours to read
     try:
         decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -61,7 +61,15 @@ def valid_request_id(value: bytes | None) -> bool:
     return value is not None and _REQUEST_ID.fullmatch(value) is not None
 
 
-def end_to_end(headers: Headers) -> Headers:
+def to_replica(headers: Headers) -> Headers:
+    """The client's headers that pass on.
+
+    Accept-Encoding does not: the router reads what comes back, and token streams gain nothing.
+    """
+    return [(key, value) for key, value in to_client(headers) if key != b"accept-encoding"]
+
+
+def to_client(headers: Headers) -> Headers:
     """The headers that pass on: neither hop-by-hop, nor nominated, nor with an underscore."""
     drop = _HOP_BY_HOP | _OURS
     for key, value in headers:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
-import uuid
 from collections.abc import Callable
 from urllib.parse import unquote
 
@@ -59,7 +59,6 @@ class DataService:
         self.is_draining = False
         self._connections: set[Downstream] = set()
         self._all_closed = asyncio.Event()
-        self._config = config
         self._exchanges: set[Exchange] = set()
         self._server: asyncio.Server | None = None
         self._pools = {
@@ -129,7 +128,7 @@ class DataService:
         given = get_header(request.headers, names.REQUEST_ID)
         if given is not None and valid_request_id(given):
             return given
-        return f"req-{uuid.uuid4().hex}".encode()
+        return b"req-" + os.urandom(16).hex().encode()
 
     def send_error(
         self, client: Downstream, request: Request, error: RouterError, request_id: bytes

@@ -23,6 +23,8 @@ from roost_router.http.head import Headers
 #: Idle connections kept to a replica; more than any burst's tail, few enough to be cheap.
 _MAX_IDLE = 128
 MAX_HEAD_BYTES = 64 * 1024
+#: The most that one read may bring (uvloop's buffer).
+READ_BYTES = 256 * 1024
 
 
 class Listener(Protocol):
@@ -55,8 +57,11 @@ class Upstream(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._headers: Headers = []
         self._head_bytes = 0
+        self._unread_head_bytes = 0
         self._has_head = False
         self._has_length = False
+        self._is_complete = False
+        self._has_excess = False  # bytes came after the end of the answer
         self.num_requests = 0
 
     @property
@@ -113,21 +118,36 @@ class Upstream(asyncio.Protocol):
         if self._listener is None or self._parser is None:
             self.abandon()  # bytes that nobody asked for: the connection cannot be trusted
             return
-        if not self._has_head:
-            self._head_bytes += len(data)
+        head_was_pending = not self._has_head
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._lose(f"the replica's answer is not HTTP: {error}")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._is_complete:
+                self._lose(f"the replica's answer is not HTTP: {error!r}")
+                return
+            self._has_excess = True
+        if head_was_pending and not self._has_head:
+            self._unread_head_bytes += len(data)  # llhttp tells of a line only at its end
+            if self._unread_head_bytes > MAX_HEAD_BYTES + READ_BYTES:
+                self._lose("the head of the replica's answer is too large")
+                return
+        if self._is_complete:
+            self._finish()
 
-    # llhttp's side
+    # llhttp's side. An answer ends only when all bytes that came with its end are read: whatever
+    # follows it would otherwise reach the next request on this connection.
+
+    def on_message_begin(self) -> None:
+        """llhttp: an answer begins."""
+        if self._is_complete:
+            self._has_excess = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """llhttp: a header or a trailer line."""
         if self._has_head:
             return
         self._head_bytes += len(name) + len(value)
-        if self._head_bytes > 2 * MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("response head too large")
         self._headers.append((name.lower(), value))
 
@@ -135,7 +155,7 @@ class Upstream(asyncio.Protocol):
         """llhttp: the head is complete."""
         assert self._parser is not None
         status = self._parser.get_status_code()
-        if status < 200:  # 1xx: interim, the real head follows
+        if status < 200 or self._has_head:  # 1xx: interim, the real head follows
             return
         self._has_head = True
         self._has_length = status in {204, 304} or any(
@@ -146,16 +166,19 @@ class Upstream(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
-        if self._listener is not None:
+        if self._listener is not None and not self._is_complete:
             self._listener.on_body(data)
 
     def on_message_complete(self) -> None:
         """llhttp: the answer is complete."""
-        if not self._has_head:
-            self._begin_answer()
-            return
+        if self._has_head:
+            self._is_complete = True
+        else:
+            self._headers = []  # of an interim answer
+
+    def _finish(self) -> None:
         assert self._parser is not None
-        keep = self._parser.should_keep_alive()
+        keep = self._parser.should_keep_alive() and not self._has_excess
         listener, self._listener = self._listener, None
         self._parser = None
         if keep and self.is_open and listener is not None:
@@ -169,8 +192,8 @@ class Upstream(asyncio.Protocol):
     def _begin_answer(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
-        self._head_bytes = 0
-        self._has_head = self._has_length = False
+        self._head_bytes = self._unread_head_bytes = 0
+        self._has_head = self._has_length = self._is_complete = self._has_excess = False
 
     def _lose(self, reason: str) -> None:
         listener = self._listener
