@@ -114,6 +114,14 @@ def route(
     help="Token budget of a step; larger prefills faster, delays running streams more.",
 )
 @click.option("--max-running", type=click.IntRange(1), default=64, help="Requests in a batch.")
+@click.option("--max-waiting", type=click.IntRange(0), default=1024, help="Beyond them: 429.")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(0.0),
+    default=30.0,
+    help="Seconds that running requests may finish after SIGTERM.",
+)
 @click.option("--lifeline-fd", type=int, hidden=True)
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL as a replica with an OpenAI API.

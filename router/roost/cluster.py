@@ -19,13 +19,15 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 import aiohttp
 import msgspec
 
 _READY = re.compile(r"^ready: (?P<model>.*) on (?P<url>http://\S+)")
+_LINE_END = re.compile(r"[\r\n]+")
 _LAST_LINES = 12
+_MAX_LINE = 4096
 _STOP_S = 15.0
 
 
@@ -61,15 +63,25 @@ class Child:
         self.reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
+        """Follow the output to its end, whatever it is: a full pipe would stop the child."""
         assert self.process.stdout is not None
-        async for raw in self.process.stdout:
-            line = raw.decode("utf-8", "replace").rstrip()
-            self._lines.append(line)
-            if self._echo:
-                sys.stderr.write(f"{self.name}: {line}\n")
-            if found := _READY.match(line):
-                self.model, self.url = found["model"], found["url"]
-                self.ready.set()
+        open_line = ""
+        while data := await self.process.stdout.read(65536):
+            *lines, open_line = _LINE_END.split(open_line + data.decode("utf-8", "replace"))
+            open_line = open_line[-_MAX_LINE:]
+            for line in lines:
+                self._note(line)
+        self._note(open_line)
+
+    def _note(self, line: str) -> None:
+        if not line.strip():
+            return
+        self._lines.append(line[-_MAX_LINE:])
+        if self._echo:
+            sys.stderr.write(f"{self.name}: {line}\n")
+        if found := _READY.match(line):
+            self.model, self.url = found["model"], found["url"]
+            self.ready.set()
 
     async def ended(self) -> int:
         """Wait until the process has ended and its output is read; the exit code."""
@@ -108,7 +120,8 @@ class Cluster:
     @property
     def base_url(self) -> str:
         """What clients use."""
-        return f"http://{self._config.host}:{self._config.port}/v1"
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        return f"http://{host}:{self._config.port}/v1"
 
     @property
     def admin_url(self) -> str:
@@ -122,11 +135,11 @@ class Cluster:
         replicas = [await self._start_replica(n) for n in range(config.num_replicas)]
         async with asyncio.timeout(config.start_timeout_s):
             for replica in replicas:
-                await self._until_ready(replica)
+                await self._unless_one_dies(replica.ready.wait())
                 self._progress(f"replica {replica.name} is ready at {replica.url}")
             self.model = replicas[0].model
-            router = await self._start_router([replica.url for replica in replicas])
-            await self._until_routing(router)
+            await self._start_router([replica.url for replica in replicas])
+            await self._unless_one_dies(self._until_routing())
         self._progress(f"router is ready at {self.base_url}")
 
     async def watch(self) -> None:
@@ -179,26 +192,35 @@ class Cluster:
         self._children.append(child)
         return child
 
-    async def _until_ready(self, child: Child) -> None:
-        ready = asyncio.create_task(child.ready.wait())
-        ended = asyncio.create_task(child.ended())
-        await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        ended.cancel()
-        if not child.ready.is_set():
-            raise ClusterError(child.obituary())
+    async def _unless_one_dies(self, event: Coroutine[None, None, object]) -> None:
+        """Wait for `event`; ClusterError as soon as any child has ended before it."""
+        awaited = asyncio.ensure_future(event)
+        deaths = {asyncio.create_task(child.ended()): child for child in self._children}
+        try:
+            done, _ = await asyncio.wait({awaited, *deaths}, return_when=asyncio.FIRST_COMPLETED)
+            for task, child in deaths.items():
+                if task in done:
+                    raise ClusterError(child.obituary())
+            awaited.result()
+        finally:
+            for waiting in (awaited, *deaths):
+                waiting.cancel()
 
-    async def _until_routing(self, router: Child) -> None:
+    async def _until_routing(self) -> None:
+        """Wait until the router counts every replica as up."""
         async with aiohttp.ClientSession() as session:
-            while router.process.returncode is None:
+            while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     async with session.get(f"{self.admin_url}/ready") as answer:
                         up = (await answer.json()).get("replicas_up", [])
                         if len(up) == self._config.num_replicas:
                             return
                 await asyncio.sleep(0.05)
-        await router.ended()
-        raise ClusterError(router.obituary())
+
+    def kill(self) -> None:
+        """End every child at once; whoever is stopping them then sees them end."""
+        for child in self._children:
+            _signal(child, signal.SIGKILL)
 
     async def _stop(self) -> None:
         routers = [child for child in self._children if child.name == "router"]

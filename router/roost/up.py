@@ -39,18 +39,28 @@ async def run_up(config: ClusterConfig, *, demo: bool, stay: bool) -> None:
     """
     _check_ports(config)
     progress = Progress()
-    serving = asyncio.create_task(_serve(config, progress, demo=demo, stay=stay))
+    cluster = Cluster(config, progress)
+    serving = asyncio.create_task(_serve(cluster, progress, demo=demo, stay=stay))
     loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        """First Ctrl-C: stop in order. Any later one: at once, but still all of it."""
+        if not serving.cancelling():
+            serving.cancel()
+        else:
+            progress("killing what is left")
+            cluster.kill()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, serving.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         await serving
     except asyncio.CancelledError:
         progress("stopped; no process is left behind")
 
 
-async def _serve(config: ClusterConfig, progress: Progress, *, demo: bool, stay: bool) -> None:
-    async with Cluster(config, progress) as cluster:
+async def _serve(cluster: Cluster, progress: Progress, *, demo: bool, stay: bool) -> None:
+    async with cluster:
         try:
             await cluster.start()
             base, admin = cluster.base_url, cluster.admin_url

@@ -7,7 +7,7 @@ from what a client sends, so that nobody can grow them without bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from roost_router.http.exchange import RequestRecord
     from roost_router.placement import Placer
 
+_Metric = TypeVar("_Metric", Counter, Histogram)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
 
 
@@ -26,6 +27,7 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self._children: dict[tuple[Counter | Histogram, tuple[str, ...]], Counter | Histogram] = {}
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "roost_router_requests",
@@ -86,14 +88,22 @@ class RouterMetrics:
         """Count a finished request."""
         model = record.model if known_model else "unknown"
         replica = record.replica or "none"
-        self._requests.labels(model, replica, record.outcome.value).inc()
-        self._duration.labels(replica).observe(record.duration_s)
+        self._child(self._requests, model, replica, record.outcome.value).inc()
+        self._child(self._duration, replica).observe(record.duration_s)
         if record.ttft_s is not None:
-            self._ttft.labels(replica).observe(record.ttft_s)
+            self._child(self._ttft, replica).observe(record.ttft_s)
         if record.prompt_tokens is not None:
-            self._prompt_tokens.labels(replica).inc(record.prompt_tokens)
-            self._matched_tokens.labels(replica).inc(record.matched_tokens or 0)
-            self._cached_tokens.labels(replica).inc(record.cached_tokens or 0)
+            self._child(self._prompt_tokens, replica).inc(record.prompt_tokens)
+            self._child(self._matched_tokens, replica).inc(record.matched_tokens or 0)
+            self._child(self._cached_tokens, replica).inc(record.cached_tokens or 0)
+
+    def _child(self, parent: _Metric, *labels: str) -> _Metric:
+        """`parent.labels(*labels)`, remembered: it takes a lock and costs 2 µs each time."""
+        key = (parent, labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = parent.labels(*labels)
+        return cast("_Metric", child)
 
     def refused(self, status: int) -> None:
         """Count a request that was refused at the door."""

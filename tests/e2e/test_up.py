@@ -103,6 +103,34 @@ def test_interrupting_the_start_leaves_no_process():
     assert not any(is_alive(child) for child in children)
 
 
+def test_a_second_interrupt_is_quicker_and_leaves_no_process_either():
+    up = start_up("--no-demo", port=free_port(), admin_port=free_port())
+    read_until(up, "Ctrl-C stops everything")
+    children = children_of(up.pid)
+    for child in children:
+        os.kill(child, signal.SIGSTOP)  # none of them can stop in good order
+
+    up.send_signal(signal.SIGINT)
+    read_until(up, "stopping")
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=10)
+
+    assert len(children) == 3
+    assert not any(is_alive(child) for child in children)
+
+
+def test_a_replica_that_dies_while_starting_is_reported_at_once():
+    up = start_up(port=free_port(), admin_port=free_port())
+    read_until(up, "starting 2 replicas")
+    until(lambda: len(children_of(up.pid)) == 2)
+
+    os.kill(children_of(up.pid)[1], signal.SIGKILL)
+    output = up.communicate(timeout=30)[0]
+
+    assert up.returncode == 1
+    assert "r1 ended with code -9" in output
+
+
 def test_a_taken_port_is_one_line_that_says_what_to_do():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

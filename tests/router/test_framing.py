@@ -187,6 +187,20 @@ async def test_a_defect_of_ours_is_a_500_and_leaves_nothing_behind(serve, monkey
     assert idle(router)
 
 
+async def test_a_503_is_tried_elsewhere(start_router):
+    busy = whole(b'{"error":{"message":"busy"}}').replace(b"200 OK", b"503 Busy")
+    one, two = await RawReplica([busy]).start(), await RawReplica([whole(OK)]).start()
+    router = await start_router(one, two)
+
+    for number in range(4):
+        body = [{"role": "user", "content": f"{number} " * 300}]
+        assert (await post(router, messages=body)) == (200, OK)
+
+    assert one.num_requests >= 1
+    await two.stop()
+    await one.stop()
+
+
 async def test_compression_is_not_asked_for(serve):
     router, replica = await serve([whole(OK)])
 

@@ -58,6 +58,10 @@ class Fleet:
                     served.setdefault(model, []).append(replica)
         return served
 
+    def knows(self, model: str) -> bool:
+        """Whether a replica ever named `model`. O(replicas)."""
+        return any(model in replica.models for replica in self.replicas)
+
     def candidates(self, model: str, tried: frozenset[str]) -> list[Replica]:
         """Replicas that could answer for `model`, without those named in `tried`.
 

@@ -5,11 +5,11 @@
                 └─ lost ──┘        └ anything else is held until complete, then sent at once
 
 Up to the first byte sent to the client a lost replica costs nothing: the request is placed
-again, without the replicas that failed. A whole (non-streamed) answer is held until complete,
-since no client can use half of it, so it survives a replica's death until its last byte; an
-answer over MAX_HELD_BYTES is relayed like a stream. After the first byte the loss is reported:
-one error event, no [DONE], and the connection is cut. A stream that ends without [DONE] counts
-as lost, never as a success.
+again, without the replicas that failed or said 503. A whole (non-streamed) answer is held until
+complete, since no client can use half of it, so it survives a replica's death until its last
+byte; an answer over MAX_HELD_BYTES is relayed like a stream. After the first byte the loss is
+reported: one error event, no [DONE], and the connection is cut. A stream that ends without
+[DONE] counts as lost, never as a success.
 
 This shell moves bytes and calls the placer at its four moments; what to do where is decided in
 placement.py. Everything runs in event-loop callbacks; the one await is dialling. Each callback
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 import msgspec
 
-from roost_router.errors import RouterError, UpstreamError, error_body
+from roost_router.errors import NoReplicaError, RouterError, UpstreamError, error_body
 from roost_router.http.head import (
     Headers,
     get_header,
@@ -219,6 +219,8 @@ class Exchange:
             if not self._request.is_http_1_0:
                 self._client.write(b"0\r\n\r\n")
             self._finish()
+        elif self._leg.status == 503:
+            self._again(NoReplicaError(self._fields.model, self._attempts), "refused")
         else:
             self._send_held()
 

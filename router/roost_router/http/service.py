@@ -147,7 +147,7 @@ class DataService:
     def ended(self, exchange: Exchange, record: RequestRecord) -> None:
         """An exchange is over."""
         self._exchanges.discard(exchange)
-        self.metrics.observe(record, known_model=record.model in self.placer.fleet.models())
+        self.metrics.observe(record, known_model=self.placer.fleet.knows(record.model))
         if record.status >= 500 or record.outcome.value == "cut":
             _log.warning(
                 "request failed: outcome=%s status=%d replica=%s attempts=%d",
