@@ -139,7 +139,7 @@ class Placer:
         )
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
-        """The replica's answer begins. `streamed`: this was the first token, not the whole."""
+        """The replica's answer begins. `streamed`: with its first token, not with the whole."""
         if placement.first_byte_at is not None or placement.is_finished:
             return
         placement.first_byte_at = now

@@ -172,19 +172,60 @@ async def test_a_usage_that_cannot_be_true_harms_nobody(serve, prompt, cached):
     assert router.placer.fleet.bytes_per_token("m") == 4.0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_defect_of_ours_is_a_500_and_leaves_nothing_behind(serve, monkeypatch, stream):
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
 
-    router, _ = await serve([SSE_HEAD if stream else whole(OK)])
+
+@pytest.mark.parametrize("method", ["place", "first_byte", "finish"])
+async def test_a_defect_of_ours_ends_its_request_and_no_other(serve, monkeypatch, method):
+    router, _ = await serve([whole(OK)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Placer, method, broken)
+        status, body = await post(router)
+
+    if method == "finish":  # the answer was on its way already
+        assert (status, body) == (200, OK)
+    else:
+        assert status == 500
+        assert json.loads(body)["error"]["type"] == "server_error"
+    assert router.service.num_exchanges == 0
+    assert (200, OK) == await post(router)
+
+
+async def test_a_defect_of_ours_in_mid_stream_cuts_it(serve, monkeypatch):
+    router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a")])
     monkeypatch.setattr(Placer, "first_byte", broken)
 
-    status, body = await post(router, stream=stream)
+    await post_until_cut(router)
 
-    assert status == 500
-    assert json.loads(body)["error"]["type"] == "server_error"
     assert idle(router)
+
+
+async def test_the_first_event_counts_as_the_first_token_and_the_head_does_not(serve):
+    gate = asyncio.Event()
+    router, replica = await serve([SSE_HEAD, b"7\r\n: ping\n\r\n"], [whole(OK)])
+    answer = replica._answer
+
+    async def slow(head, writer):
+        keep = await answer(head, writer)
+        if head.startswith(b"POST"):
+            await gate.wait()
+            writer.write(chunk(EVENT % b"a" + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        return keep
+
+    replica._answer = slow
+    asking = asyncio.create_task(post(router, stream=True))
+    async with asyncio.timeout(5):
+        while not replica.num_requests:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    state = router.placer.fleet.replicas[0]
+    assert (state.num_decoding, state.queued_tokens > 0) == (0, True)
+    assert state.speed.num_observed == 0
+
+    gate.set()
+    await asking
+    assert state.speed.num_observed == 1
 
 
 async def test_a_503_is_tried_elsewhere(start_router):

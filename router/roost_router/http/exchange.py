@@ -178,32 +178,34 @@ class Exchange:
     def on_head(self, status: int, headers: Headers) -> None:
         """The answer begins: relay a stream at once, hold anything else."""
         assert self._placement is not None
-        leg, now = self._leg, self._service.now()
+        leg = self._leg
         leg.status, leg.headers = status, headers
-        content_type = get_header(headers, "content-type") or b""
-        is_stream = status == 200 and content_type.startswith(b"text/event-stream")
-        if status == 200:  # an error computed nothing: its blocks are taken back at the end
-            self._service.placer.first_byte(self._placement, now, streamed=is_stream)
         self._learn(_int(headers, names.PROMPT_TOKENS), _int(headers, names.CACHED_TOKENS))
-        if is_stream:
-            leg.sse, leg.ttft_s = SseObserver(), now - self._started_at
+        content_type = get_header(headers, "content-type") or b""
+        if status == 200 and content_type.startswith(b"text/event-stream"):
+            leg.sse = SseObserver()
             self._relay_head()
+        elif status == 200:  # an error computed nothing: its blocks are taken back at the end
+            self._service.placer.first_byte(self._placement, self._service.now(), streamed=False)
 
     @_guarded
     def on_body(self, data: bytes) -> None:
         """More of the answer."""
-        if self._leg.sse is not None:
-            self._leg.sse.feed(data)
-        if self._leg.is_relaying:
+        leg = self._leg
+        if leg.sse is not None:
+            leg.sse.feed(data)
+            if leg.ttft_s is None and leg.sse.num_events:
+                self._note_first_event()
+        if leg.is_relaying:
             self._relay(data)
             return
-        self._leg.held.append(data)
-        self._leg.held_bytes += len(data)
-        if self._leg.held_bytes > MAX_HELD_BYTES:
+        leg.held.append(data)
+        leg.held_bytes += len(data)
+        if leg.held_bytes > MAX_HELD_BYTES:
             self._relay_head()
-            for part in self._leg.held:
+            for part in leg.held:
                 self._relay(part)
-            self._leg.held.clear()
+            leg.held.clear()
 
     @_guarded
     def on_end(self) -> None:
@@ -269,6 +271,13 @@ class Exchange:
             body_bytes=len(request.body),
         )
         upstream.send(self, [head, request.body])
+
+    def _note_first_event(self) -> None:
+        """The first token is there. The head says nothing: many servers send it at once."""
+        assert self._placement is not None
+        now = self._service.now()
+        self._leg.ttft_s = now - self._started_at
+        self._service.placer.first_byte(self._placement, now, streamed=True)
 
     def _again(self, error: RouterError, reason: str) -> None:
         """Place the request elsewhere, or give up with `error`."""
@@ -370,25 +379,25 @@ class Exchange:
         if self._upstream is not None:
             self._upstream.abandon()
             self._upstream = None
-        if placement is not None:
-            has_pace = self._leg.sse is not None and not self._was_paused
-            num_events = self._leg.sse.num_events if self._leg.sse and has_pace else 0
-            service.placer.finish(placement, now, num_events)
-        service.ended(
-            self,
-            RequestRecord(
-                model=self._fields.model,
-                replica=placement.replica.name if placement is not None else None,
-                outcome=outcome,
-                status=status,
-                attempts=self._attempts,
-                duration_s=now - self._started_at,
-                ttft_s=self._leg.ttft_s,
-                matched_tokens=placement.matched_tokens if placement is not None else None,
-                cached_tokens=self._leg.cached_tokens,
-                prompt_tokens=self._leg.prompt_tokens,
-            ),
+        record = RequestRecord(
+            model=self._fields.model,
+            replica=placement.replica.name if placement is not None else None,
+            outcome=outcome,
+            status=status,
+            attempts=self._attempts,
+            duration_s=now - self._started_at,
+            ttft_s=self._leg.ttft_s,
+            matched_tokens=placement.matched_tokens if placement is not None else None,
+            cached_tokens=self._leg.cached_tokens,
+            prompt_tokens=self._leg.prompt_tokens,
         )
+        try:
+            if placement is not None:
+                has_pace = self._leg.sse is not None and not self._was_paused
+                num_events = self._leg.sse.num_events if self._leg.sse and has_pace else 0
+                service.placer.finish(placement, now, num_events)
+        finally:
+            service.ended(self, record)
 
 
 def _outcome(status: int) -> Outcome:
