@@ -178,6 +178,17 @@ def decide(replicas: int, blocks: int, rounds: int) -> None:
     bench_decide(num_replicas=replicas, num_blocks=blocks, rounds=rounds)
 
 
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Rounds for each median.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=2.0, help="Load of a measurement.")
+@click.option("--connections", type=click.IntRange(1), default=32, help="Clients at once.")
+def proxy(rounds: int, seconds: float, connections: int) -> None:
+    """CPU that the router spends on a request, beside nginx where it is installed."""
+    from roost_loadtest.bench_proxy import bench_proxy
+
+    bench_proxy(rounds=rounds, seconds=seconds, connections=connections)
+
+
 @main.command()
 @click.option("--model", default="smollm2", help="As in `roost serve`.")
 @click.option("--replicas", type=click.IntRange(1, 64), default=2, help="Engine processes.")

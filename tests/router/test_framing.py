@@ -94,6 +94,17 @@ async def test_bytes_after_an_answer_reach_nobody(serve, excess):
     assert replica.num_requests == 2
 
 
+async def test_connections_to_a_replica_are_kept(serve):
+    stream = [SSE_HEAD, chunk(EVENT % b"a" + b"data: [DONE]\n\n"), b"0\r\n\r\n"]
+    router, replica = await serve([whole(OK)], stream, [whole(OK)])
+
+    for number in range(4):
+        assert (await post(router, stream=number == 1))[0] == 200
+
+    assert replica.num_requests == 4
+    assert replica.num_connections == 1
+
+
 async def test_a_large_answer_is_computed_once(serve):
     large = b'{"text":"' + b"x" * 200_000 + b'"}'
     router, replica = await serve([whole(large)])

@@ -34,7 +34,7 @@ class RawReplica:
     def __init__(self, *script: list[bytes | None]) -> None:
         self.script = list(script)
         self.num_requests = 0
-        self.num_connections = 0
+        self.num_connections = 0  # that carried a completion
         self.heads: list[bytes] = []
         self.models = MODELS
         self.metrics = b""
@@ -55,11 +55,15 @@ class RawReplica:
         self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_counted = False
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 if length := re.search(rb"content-length: (\d+)", head):
                     await reader.readexactly(int(length[1]))
+                if head.startswith(b"POST") and not is_counted:
+                    is_counted = True
+                    self.num_connections += 1
                 if not await self._answer(head, writer):
                     break
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -61,6 +61,7 @@ class Upstream(asyncio.Protocol):
         self._has_head = False
         self._has_length = False
         self._is_complete = False
+        self._may_keep = False  # the replica keeps the connection open
         self._has_excess = False  # bytes came after the end of the answer
         self.num_requests = 0
 
@@ -171,14 +172,15 @@ class Upstream(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """llhttp: the answer is complete."""
+        assert self._parser is not None
         if self._has_head:
             self._is_complete = True
+            self._may_keep = self._parser.should_keep_alive()  # llhttp forgets it after this
         else:
             self._headers = []  # of an interim answer
 
     def _finish(self) -> None:
-        assert self._parser is not None
-        keep = self._parser.should_keep_alive() and not self._has_excess
+        keep = self._may_keep and not self._has_excess
         listener, self._listener = self._listener, None
         self._parser = None
         if keep and self.is_open and listener is not None:
@@ -194,6 +196,7 @@ class Upstream(asyncio.Protocol):
         self._headers = []
         self._head_bytes = self._unread_head_bytes = 0
         self._has_head = self._has_length = self._is_complete = self._has_excess = False
+        self._may_keep = False
 
     def _lose(self, reason: str) -> None:
         listener = self._listener
