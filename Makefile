@@ -45,7 +45,7 @@ e2e: setup-dev ## Tests with real processes: router, two engines, the openai SDK
 	@$(TESTS) -m e2e
 
 bench: setup-dev ## Benchmarks, each a table with a ratio; nothing else may run beside them
-	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide
+	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide && $(BIN)/roost bench proxy
 
 docs: setup-dev ## Regenerate docs/options.md from the command line
 	@$(BIN)/python -m roost.options >docs/options.md
