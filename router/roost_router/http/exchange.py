@@ -256,6 +256,7 @@ class Exchange:
             self._dialling = None
             self._send(upstream)
 
+    @_guarded
     def _send(self, upstream: Upstream) -> None:
         assert self._placement is not None
         self._upstream = upstream
@@ -279,6 +280,7 @@ class Exchange:
         self._leg.ttft_s = now - self._started_at
         self._service.placer.first_byte(self._placement, now, streamed=True)
 
+    @_guarded
     def _again(self, error: RouterError, reason: str) -> None:
         """Place the request elsewhere, or give up with `error`."""
         assert self._placement is not None
