@@ -23,7 +23,7 @@ Invariants (`check` verifies them):
     * every block is either free (in the list, no references) or used (references >= 1);
     * at most one block per hash, and the map hash -> block is exact;
     * the parent of a cached block is cached; of two free ones the child is evicted first;
-    * a cached block is never written again until it has been evicted.
+    * a cached block is never written again until it has been evicted or forgotten.
 
 Not here: how many blocks a request needs (scheduler.py), tensors (runner.py), time, I/O.
 """
@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from roost_wire.token_chain import next_block_hash
+from roost_wire.token_chain import block_hashes, next_block_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -125,7 +125,7 @@ class BlockPool:
         """`hash_block` is replaced only by tests, to force collisions."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.hash_block = hash_block
+        self._hash_block = hash_block
         self._blocks = [_Block(block_id) for block_id in range(num_blocks)]
         self._cached: dict[int, _Block] = {}
         self._free = _FreeList()
@@ -138,32 +138,13 @@ class BlockPool:
         return self._free.length
 
     @property
-    def num_cached(self) -> int:
-        """Blocks that a lookup can find, used or free."""
-        return len(self._cached)
-
-    @property
     def usage(self) -> float:
         """Share of the blocks that are referenced, 0 to 1."""
         return 1.0 - self._free.length / self.num_blocks
 
-    def is_free(self, block_id: int) -> bool:
-        """Whether no table holds the block."""
-        return self._blocks[block_id].ref_count == 0
-
-    def is_cached(self, block_id: int) -> bool:
-        """Whether a lookup can find the block."""
-        return self._blocks[block_id].hash is not None
-
     def chain(self, token_ids: Sequence[int]) -> list[int]:
         """Hashes of all full blocks of `token_ids`, for `lookup`. O(tokens)."""
-        hashes: list[int] = []
-        parent: int | None = None
-        size = self.block_size
-        for start in range(0, len(token_ids) - size + 1, size):
-            parent = self.hash_block(parent, token_ids[start : start + size])
-            hashes.append(parent)
-        return hashes
+        return block_hashes(token_ids, self.block_size, hash_block=self._hash_block)
 
     def lookup(self, token_ids: Sequence[int], hashes: Sequence[int]) -> list[int]:
         """Blocks that hold the longest cached prefix of `token_ids`; takes no reference.
@@ -228,7 +209,7 @@ class BlockPool:
         if block.hash is not None or (parent is not None and parent.hash is None):
             return
         content = list(tokens)
-        block_hash = self.hash_block(parent.hash if parent is not None else None, content)
+        block_hash = self._hash_block(parent.hash if parent is not None else None, content)
         canonical = self._cached.get(block_hash)
         if canonical is None:
             block.hash, block.tokens, block.parent = block_hash, content, parent
@@ -237,6 +218,20 @@ class BlockPool:
             self.acquire([canonical.id])
             self.release([block.id])
             block_table[index] = canonical.id
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Take these blocks out of the prefix cache, and all that were cached after them.
+
+        Their content is not to be trusted; who holds them keeps them. O(cached blocks).
+        """
+        forgotten = {self._blocks[block_id] for block_id in block_ids}
+        for block in list(self._cached.values()):  # in order of registration: parents first
+            if block in forgotten or block.parent in forgotten:
+                forgotten.add(block)
+                self._uncache(block)
+                if block.ref_count == 0:
+                    self._free.unlink(block)
+                    self._free.push_front(block)
 
     def check(self, tables: Iterable[Sequence[int]] | None = None) -> None:
         """Verify every invariant; AssertionError names the broken one. O(num_blocks).
@@ -260,10 +255,14 @@ class BlockPool:
     def _allocate_one(self) -> int:
         block = self._free.pop_front()
         if block.hash is not None:
-            del self._cached[block.hash]
-            block.hash, block.tokens, block.parent = None, [], None
+            self._uncache(block)
         block.ref_count = 1
         return block.id
+
+    def _uncache(self, block: _Block) -> None:
+        assert block.hash is not None
+        del self._cached[block.hash]
+        block.hash, block.tokens, block.parent = None, [], None
 
     def _check_cached(self, block: _Block, rank: dict[int, int]) -> None:
         assert block.hash is not None
@@ -271,10 +270,10 @@ class BlockPool:
         assert len(block.tokens) == self.block_size, f"{block!r} is cached but not full"
         parent = block.parent
         if parent is None:
-            assert block.hash == self.hash_block(None, block.tokens), f"{block!r} misnamed"
+            assert block.hash == self._hash_block(None, block.tokens), f"{block!r} misnamed"
             return
         assert parent.hash is not None, f"{block!r} outlives its parent"
-        assert block.hash == self.hash_block(parent.hash, block.tokens), f"{block!r} misnamed"
+        assert block.hash == self._hash_block(parent.hash, block.tokens), f"{block!r} misnamed"
         assert parent.ref_count >= block.ref_count, f"{block!r} is held without its parent"
         if parent.id in rank:
             assert rank[block.id] < rank[parent.id], f"{block!r} is evicted after its parent"

@@ -3,10 +3,12 @@
 Renders as transformers' `apply_chat_template(..., add_generation_prompt=True)` does: blocks are
 trimmed, `raise_exception`, `strftime_now` and an unescaped `tojson` are there, the special
 tokens (`bos_token`, ...) are variables. Templates come with model files, so they run in Jinja's
-immutable sandbox.
+immutable sandbox. `{% generation %}` blocks, which mark the assistant's words for training, are
+passed through.
 
-Not here: turning the text into token ids (tokenizer.py; the template has written BOS already,
-so encode without adding special tokens). A text in a message that spells a special token
+Not here: flattening content to text (openai_api.py); turning the text into token ids
+(tokenizer.py; the template has written BOS already, so encode without adding special tokens).
+A text in a message that spells a special token
 becomes that token, as in every engine that renders and then encodes.
 """
 
@@ -19,78 +21,72 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _NO_TOKENS: Mapping[str, str] = MappingProxyType({})
 
 
 class ChatTemplateError(ValueError):
-    """The messages cannot be rendered: the client's fault, status 400, not to be retried."""
+    """A template that does not compile (the model's fault), or messages that it cannot render.
+
+    The latter is the client's fault: status 400, not to be retried.
+    """
 
 
 class ChatTemplate:
     """A compiled template; `source` None is a model without one, which refuses every chat.
 
-    Compiling happens once, here; a template that does not compile raises ChatTemplateError at
-    start-up. Rendering does not change the object, so threads may share it.
+    Compiling happens once, here: a template that does not compile raises ChatTemplateError when
+    the model is loaded. Rendering does not change the object, so threads may share it.
     """
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] = _NO_TOKENS) -> None:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = None if source is None else _environment().from_string(source)
-        except jinja2.TemplateError as error:
+        # Mostly TemplateError, but Jinja compiles to Python, which has limits of its own
+        # (SyntaxError for blocks nested too deep, RecursionError).
+        except Exception as error:
             raise ChatTemplateError(f"the model's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Prompt text for `messages`, ending where the assistant's answer begins.
 
-        A message has `role` and `content`: a string, or a list of {"type": "text", "text": ...}
-        parts, which are joined with newlines. Other keys (name, tool calls) reach the template
-        unchanged. Raises ChatTemplateError for anything the template or we cannot use.
+        A message has `role` and `content`, both text. ChatTemplateError for what the template
+        does not take.
         """
         if self._template is None:
             raise ChatTemplateError(
                 "this model has no chat template; use /v1/completions with a prompt"
             )
-        if not messages:
-            raise ChatTemplateError("messages must not be empty")
-        flat = [_flatten(message, idx) for idx, message in enumerate(messages)]
         try:
             return self._template.render(
-                messages=flat, add_generation_prompt=True, **self._special_tokens
+                messages=messages, add_generation_prompt=True, **self._special_tokens
             )
         # A template runs arbitrary expressions over the client's messages: whatever they raise
-        # (TypeError on a missing content, SecurityError, ...) is about these messages.
+        # (TypeError, SecurityError, ...) is about these messages.
         except Exception as error:
             raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
 
 
-def _flatten(message: Mapping[str, Any], idx: int) -> dict[str, Any]:
-    """A copy with content as one string (or None, as in a message that only calls tools)."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ChatTemplateError(f"messages[{idx}] must be an object with a role")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return dict(message)
-    if not isinstance(content, list):
-        raise ChatTemplateError(f"messages[{idx}].content must be a string or a list of parts")
-    return dict(message) | {"content": "\n".join(_text_of(part, idx) for part in content)}
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}` is its body, with variables of its own."""
 
+    tags = {"generation"}  # noqa: RUF012 - Jinja's declaration
 
-def _text_of(part: object, idx: int) -> str:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": str(kind)} if kind != "text":
-            raise ChatTemplateError(f"messages[{idx}]: {kind!r} content is not supported")
-    raise ChatTemplateError(f"messages[{idx}]: a text part needs a string `text`")
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Called by Jinja at the tag."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

@@ -8,7 +8,6 @@ import msgspec
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Shape of a Llama-family decoder, as read from a GGUF header or an HF config.json."""
 
-    architecture: str  # "llama"; what the loader checked the file for
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -17,6 +16,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: int
     head_dim: int
     rope_theta: float
+    rope_divisors: tuple[float, ...] = ()  # one for each rotary frequency; (): not scaled
     rms_norm_eps: float
     max_position: int  # longest context the weights were trained for, in tokens
     tie_embeddings: bool  # the output head is the embedding matrix
@@ -49,6 +49,14 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 8192  # prompt and completion together, in tokens
 
     def __post_init__(self) -> None:
-        """Refuse a step that could not hold one decode of each running request."""
+        """Refuse limits under which nothing could run.
+
+        A step must hold one decode of each running request.
+        """
+        for name in ("max_step_tokens", "max_running", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.max_waiting < 0:
+            raise ValueError("max_waiting must not be negative")
         if self.max_step_tokens < self.max_running:
             raise ValueError("max_step_tokens must be at least max_running")

@@ -10,9 +10,11 @@ The thread sleeps on the condition while there is nothing to do. Scheduler and p
 it; the loop only reads their counters, which are plain integers.
 
 A step that raises ends the thread: every request in flight fails with EngineDeadError, later
-ones are refused with it, `is_healthy` turns false, and nobody waits for ever.
+ones are refused with it, `is_healthy` turns false, `wait_until_dead` returns, and nobody waits
+for ever. A request whose logits are no numbers fails alone (LogitsError), the others go on.
 
-Invariants: each stream gets exactly one end (a finish reason or an error); `submit`, `abort`,
+Invariants: each stream gets exactly one end (a finish reason or an error); every error raised
+is an object of its own, since a traceback keeps alive what its frames held; `submit`, `abort`,
 `stop` and TokenStream are used from the event loop only.
 
 Not here: what a step holds (scheduler.py), text (frontend.py), HTTP (server.py).
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
+_STOPPING = "the engine is shutting down"
+
 
 class EngineError(Exception):
     """A request cannot be served for a reason that is ours."""
@@ -57,7 +61,11 @@ class EngineStoppingError(EngineError):
 
 
 class EngineBusyError(EngineError):
-    """`max_waiting` requests wait already; to be tried again later."""
+    """As many requests as may run and wait are here already; to be tried again later."""
+
+
+class LogitsError(EngineError):
+    """The model computed NaN or infinity for this request; the engine lives on."""
 
 
 class Runner(Protocol):
@@ -128,7 +136,8 @@ class EngineCore:
         self._wake = threading.Condition()
         self._inbox: deque[Request | str] = deque()  # under _wake; str: id to abort
         self._should_stop = False  # under _wake
-        self._failure: EngineDeadError | None = None  # event loop only
+        self._failure: str | None = None  # event loop only; what the step raised
+        self._is_dead = asyncio.Event()
         self._is_draining = False  # event loop only
         self._is_idle = asyncio.Event()  # set while draining, once the last stream has ended
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -153,18 +162,36 @@ class EngineCore:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that hold no blocks, those on their way to the scheduler included."""
+        """Requests without blocks, for metrics.
+
+        Those on their way to the scheduler are counted, except while the thread takes them over:
+        an estimate, which nothing is decided by.
+        """
         on_their_way = sum(isinstance(message, Request) for message in self._inbox)
         return on_their_way + self.scheduler.num_waiting
 
-    def check_accepts(self) -> None:
-        """EngineError if a request submitted now would be refused, whatever it is."""
+    def check_alive(self) -> None:
+        """EngineDeadError if a step has raised, also after `stop`."""
         if self._failure is not None:
-            raise self._failure
+            raise EngineDeadError(self._failure)
+
+    def check_healthy(self) -> None:
+        """EngineError unless `is_healthy`."""
+        self.check_alive()
         if self._is_draining:
-            raise EngineStoppingError("the engine is shutting down")
-        if self.num_waiting >= self.scheduler.config.max_waiting:
-            raise EngineBusyError(f"{self.num_waiting} requests are waiting already")
+            raise EngineStoppingError(_STOPPING)
+        if not self._thread.is_alive():
+            raise EngineDeadError("the engine thread does not run")
+
+    def check_accepts(self) -> None:
+        """EngineError if a request submitted now would be refused, whatever it is.
+
+        Streams are counted, which only the loop changes: the limit is exact.
+        """
+        self.check_healthy()
+        config = self.scheduler.config
+        if self.num_in_flight >= config.max_running + config.max_waiting:
+            raise EngineBusyError(f"{self.num_in_flight} requests are in flight already")
 
     def submit(self, request: Request) -> TokenStream:
         """Queue a request; its tokens come out of the stream.
@@ -190,13 +217,17 @@ class EngineCore:
             self._note_end()
             self._send(request_id)
 
+    async def wait_until_dead(self) -> None:
+        """Return once a step has raised; `stop` does not count."""
+        await self._is_dead.wait()
+
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `grace_s`, fail the rest, join."""
         self._is_draining = True
         self._note_end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._is_idle.wait(), grace_s)
-        self._fail_all(EngineStoppingError("the engine is shutting down"))
+        self._fail_all(EngineStoppingError, _STOPPING)
         with self._wake:
             self._should_stop = True
             self._wake.notify()
@@ -214,18 +245,22 @@ class EngineCore:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue  # aborted while its token was computed
-            stream.put([output.token_id], output.finish_reason)
+            if output.token_id is None:
+                stream.fail(LogitsError("the model computed no numbers (NaN or infinite logits)"))
+            else:
+                stream.put([output.token_id], output.finish_reason)
             if output.finish_reason is not None:
                 del self._streams[request_id]
                 self._note_end()
 
-    def _die(self, failure: EngineDeadError) -> None:
+    def _die(self, failure: str) -> None:
         self._failure = failure
-        self._fail_all(failure)
+        self._fail_all(EngineDeadError, failure)
+        self._is_dead.set()
 
-    def _fail_all(self, error: EngineError) -> None:
+    def _fail_all(self, kind: type[EngineError], message: str) -> None:
         for stream in self._streams.values():
-            stream.fail(error)
+            stream.fail(kind(message))
         self._streams.clear()
         self._note_end()
 
@@ -239,12 +274,11 @@ class EngineCore:
         try:
             while self._take_inbox():
                 self._step()
-        except Exception as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             # Thread boundary: whatever it was, its state cannot be trusted any more, and the
             # requests must hear of it instead of waiting for ever.
             _log.exception("the engine thread failed")
-            failure = EngineDeadError(f"a step failed: {type(error).__name__}: {error}")
-            self._call_loop(self._die, failure)
+            self._call_loop(self._die, f"a step failed: {type(error).__name__}: {error}")
 
     def _take_inbox(self) -> bool:
         """Apply submissions and aborts; sleep while there is nothing to do; False: stop."""
@@ -262,9 +296,11 @@ class EngineCore:
         return True
 
     def _step(self) -> None:
+        if not self.scheduler.has_work:
+            return  # woken by an abort
         step = self.scheduler.schedule()
-        if not step.scheduled:
-            return
+        # An empty step changes nothing, so it would be followed by empty steps for ever.
+        assert step.scheduled, f"no step for {self.scheduler!r}, which has work"
         logits = self._runner.forward(step.chunks)
         requests = step.sampling
         sampled = sample(

@@ -3,7 +3,8 @@
     ApiRequest --template, encode--> token ids --core--> tokens --detokenise, stop strings--> text
 
 Rendering and encoding of long prompts happen in a worker thread: 16 KB cost about 6 ms, which
-no other stream should wait for.
+no other stream should wait for. What cannot fit the context whatever its tokens are is refused
+before either.
 
 Invariant: whoever gets a Generation closes it; closing one that is not finished aborts the
 request in the engine and frees its blocks.
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from roost_engine.chat import ChatTemplate, ChatTemplateError
+from roost_engine.chat import ChatTemplateError
+from roost_engine.core import EngineError
 from roost_engine.openai_api import ApiError, Chat, TextPrompt, TokenPrompt, check_context
 from roost_engine.request import FinishReason, Request, SamplingParams
 from roost_engine.responses import Usage
@@ -30,6 +32,7 @@ from roost_engine.tokenizer import Detokenizer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from roost_engine.chat import ChatTemplate
     from roost_engine.core import Delta, EngineCore, TokenStream
     from roost_engine.metrics import EngineMetrics, RequestTimes
     from roost_engine.openai_api import ApiRequest, Message
@@ -73,14 +76,18 @@ class Generation:
 
         EngineError if the engine fails before the end.
         """
-        async for delta in self._stream:
-            self._times.note_tokens(len(delta.token_ids), time.monotonic())
-            piece = self._read(delta)
-            if piece.finish_reason is not None:
-                self._end(piece.finish_reason)
-            yield piece
-            if self._is_over:
-                return
+        try:
+            async for delta in self._stream:
+                self._times.note_tokens(len(delta.token_ids), time.monotonic())
+                piece = self._read(delta)
+                if piece.finish_reason is not None:
+                    self._end(piece.finish_reason)
+                yield piece
+                if self._is_over:
+                    return
+        except EngineError:
+            self._end(FinishReason.ERROR)
+            raise
 
     def close(self) -> None:
         """Abort the request unless it has ended. Idempotent."""
@@ -119,17 +126,17 @@ class Frontend:
         *,
         model_name: str,
         tokenizer: Tokenizer,
+        chat: ChatTemplate,
         vocab_size: int,
         core: EngineCore,
         metrics: EngineMetrics,
     ) -> None:
-        """ChatTemplateError if the model's chat template does not compile."""
         self.model_name = model_name
         self.core = core
         self.metrics = metrics
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._chat = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        self._chat = chat
 
     @property
     def max_model_len(self) -> int:
@@ -154,8 +161,11 @@ class Frontend:
         arrival_s = time.monotonic()
         self.check_model(asked.model)
         self.core.check_accepts()
+        fewest_tokens = self._fewest_tokens(asked)
+        if fewest_tokens >= self.max_model_len:
+            check_context(asked, fewest_tokens, self.max_model_len, is_exact=False)  # refuses
         prompt_ids = await self._encode(asked)
-        max_tokens = check_context(len(prompt_ids), asked.max_tokens, self.max_model_len)
+        max_tokens = check_context(asked, len(prompt_ids), self.max_model_len)
         sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=asked.temperature,
@@ -168,6 +178,20 @@ class Frontend:
         stream = self.core.submit(Request(request_id, prompt_ids, sampling, arrival_s))
         times = self.metrics.start_request(arrival_s)
         return Generation(self.core, stream, self._tokenizer, times)
+
+    def _fewest_tokens(self, asked: ApiRequest) -> int:
+        """Number of tokens that the prompt has at least, known without rendering or encoding.
+
+        Every message of a chat takes a token, if only to mark its turn.
+        """
+        match asked.prompt:
+            case Chat(messages):
+                text = "".join(message.content for message in messages)
+                return max(len(messages), self._tokenizer.fewest_tokens(text))
+            case TextPrompt(text):
+                return self._tokenizer.fewest_tokens(text)
+            case TokenPrompt(token_ids):
+                return len(token_ids)
 
     async def _encode(self, asked: ApiRequest) -> list[int]:
         """Token ids of the prompt, at least one."""

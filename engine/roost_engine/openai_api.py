@@ -30,8 +30,11 @@ from msgspec import Meta
 
 Endpoint = Literal["chat", "completion"]
 
-#: What /v1/completions generates if the client does not say, as OpenAI does.
+#: What /v1/completions generates at most if the client does not say, as OpenAI does.
 DEFAULT_COMPLETION_TOKENS: Final = 16
+
+# What a chat template writes around a message, about.
+_FRAMING_CHARACTERS: Final = 32
 
 IGNORED: Final = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -152,7 +155,7 @@ class ApiRequest(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: Endpoint
     model: str
     prompt: Prompt
-    max_tokens: int | None  # None: as much as fits
+    max_tokens: int | None  # None: not given
     temperature: float
     top_p: float
     top_k: int  # 0: no limit
@@ -164,10 +167,11 @@ class ApiRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_prompt_characters(self) -> int:
-        """Size of the text to be encoded; 0 if it is tokens already."""
+        """Size of the text to be encoded, roughly; 0 if it is tokens already."""
         match self.prompt:
             case Chat(messages):
-                return sum(len(message.content) for message in messages)
+                framing = len(messages) * _FRAMING_CHARACTERS
+                return framing + sum(len(message.content) for message in messages)
             case TextPrompt(text):
                 return len(text)
             case TokenPrompt():
@@ -178,11 +182,8 @@ def parse_chat(body: bytes) -> ApiRequest:
     """Read a body of POST /v1/chat/completions. ApiError if it is not valid."""
     fields = _implemented_fields(body, _ChatBody)
     parsed = _convert(fields, _ChatBody)
-    messages = [
-        _read_message(message, f"messages[{index}]")
-        for index, message in enumerate(parsed.messages)
-    ]
-    return _build("chat", parsed, Chat(messages), default_max_tokens=None)
+    messages = [_read_message(message, index) for index, message in enumerate(parsed.messages)]
+    return _build("chat", parsed, Chat(messages))
 
 
 def parse_completion(body: bytes) -> ApiRequest:
@@ -190,23 +191,32 @@ def parse_completion(body: bytes) -> ApiRequest:
     fields = _implemented_fields(body, _CompletionBody)
     parsed = _convert(fields, _CompletionBody)
     prompt = _single_prompt(parsed.prompt)
-    return _build("completion", parsed, prompt, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
+    return _build("completion", parsed, prompt)
 
 
-def check_context(num_prompt_tokens: int, max_tokens: int | None, limit_tokens: int) -> int:
-    """Return the number of tokens to generate at most; ApiError if they do not fit."""
+def check_context(
+    asked: ApiRequest, num_prompt_tokens: int, limit_tokens: int, *, is_exact: bool = True
+) -> int:
+    """Return the number of tokens to generate at most; ApiError if they do not fit.
+
+    `is_exact` false: the prompt has `num_prompt_tokens` at least, and the error says so.
+    """
     room = limit_tokens - num_prompt_tokens
-    asked = 1 if max_tokens is None else max_tokens
-    if asked > room:
+    max_tokens = 1 if asked.max_tokens is None else asked.max_tokens
+    if max_tokens > room:
+        at_least = "" if is_exact else "at least "
+        prompt_name = "messages" if asked.endpoint == "chat" else "prompt"
         raise ApiError(
             400,
             f"This model's maximum context length is {limit_tokens} tokens. However, you "
-            f"requested {num_prompt_tokens + asked} tokens ({num_prompt_tokens} in the prompt, "
-            f"{asked} in the completion).",
-            param="messages" if max_tokens is None else "max_tokens",
+            f"requested {at_least}{num_prompt_tokens + max_tokens} tokens ({at_least}"
+            f"{num_prompt_tokens} in the prompt, {max_tokens} in the completion).",
+            param=prompt_name if room < 1 else "max_tokens",
             code="context_length_exceeded",
         )
-    return room if max_tokens is None else max_tokens
+    if asked.max_tokens is not None:
+        return asked.max_tokens
+    return room if asked.endpoint == "chat" else min(room, DEFAULT_COMPLETION_TOKENS)
 
 
 # -- shapes on the wire -------------------------------------------------------------------
@@ -329,14 +339,12 @@ def _wrong_value(problem: str) -> ApiError:
     return ApiError(400, f"Invalid {param!r}: {text}.", param=param, code="invalid_value")
 
 
-def _read_message(message: _MessageBody, path: str) -> Message:
+def _read_message(message: _MessageBody, index: int) -> Message:
     role = "system" if message.role == "developer" else message.role
     if message.content is None and role != "assistant":
+        param = f"messages[{index}].content"
         raise ApiError(
-            400,
-            f"Missing required parameter: '{path}.content'.",
-            param=f"{path}.content",
-            code="missing_parameter",
+            400, f"Missing required parameter: {param!r}.", param=param, code="missing_parameter"
         )
     if isinstance(message.content, list):
         content = "\n".join(part.text for part in message.content)
@@ -371,8 +379,6 @@ def _build(
     endpoint: Endpoint,
     parsed: _Common,
     prompt: Prompt,
-    *,
-    default_max_tokens: int | None,
 ) -> ApiRequest:
     if parsed.stream_options is not None and not parsed.stream:
         raise ApiError(
@@ -382,13 +388,12 @@ def _build(
             code="invalid_value",
         )
     stop = [parsed.stop] if isinstance(parsed.stop, str) else parsed.stop or []
-    max_tokens = _max_tokens(parsed)
     options = parsed.stream_options
     return ApiRequest(
         endpoint=endpoint,
         model=parsed.model,
         prompt=prompt,
-        max_tokens=default_max_tokens if max_tokens is None else max_tokens,
+        max_tokens=_max_tokens(parsed),
         temperature=1.0 if parsed.temperature is None else parsed.temperature,
         top_p=1.0 if parsed.top_p is None else parsed.top_p,
         top_k=max(parsed.top_k or 0, 0),

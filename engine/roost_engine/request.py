@@ -30,6 +30,7 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence token or stop string
     LENGTH = "length"  # max_tokens
     ABORT = "abort"  # the client went away
+    ERROR = "error"  # the engine failed; clients see an error instead
 
 
 class RequestState(enum.Enum):
@@ -72,11 +73,6 @@ class Request:
         self.num_computed = 0
         #: Tokens taken from the prefix cache at the first admission; None before it.
         self.num_cached_tokens: int | None = None
-
-    @property
-    def output_ids(self) -> list[int]:
-        """Tokens generated so far. O(output)."""
-        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:

@@ -46,7 +46,7 @@ class ModelRunner:
         # No request can be longer than the model's context or than the whole cache.
         num_positions = min(config.max_position, cache.num_tokens)
         self._cos, self._sin = build_rope_table(
-            config.head_dim, num_positions, config.rope_theta, dtype
+            config.head_dim, num_positions, config.rope_theta, dtype, config.rope_divisors
         )
         shape = (cache.num_tokens, config.num_kv_heads, config.head_dim)
         self._cache = [

@@ -24,6 +24,9 @@ top-k is applied before top-p, both after the temperature. Computed in float64 o
 a row for 49k tokens, of which the noise is 0.3; logits without structure, whose nucleus is most
 of the vocabulary, cost 8 ms for the sort.
 
+A row without a finite maximum (NaN anywhere, +inf, or nothing but -inf) is the sign of a model
+or a cache gone wrong: it gives no token, and says so, instead of an arbitrary one.
+
 Not here: choosing seeds (the server draws one where the client gave none), penalties.
 """
 
@@ -50,21 +53,21 @@ _MASK = (1 << 64) - 1
 
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> list[int]:
-    """One token for each row.
+) -> list[int | None]:
+    """One token for each row, None for a row whose largest logit is not finite.
 
     logits: (rows, vocab) float32. `positions[row]` is the index in its sequence of the token
     to be drawn, that is the number of tokens before it.
     """
     rows = logits.detach().cpu().numpy()
     return [
-        sample_row(row, row_params, position)
+        sample_row(row, row_params, position) if np.isfinite(row.max()) else None
         for row, row_params, position in zip(rows, params, positions, strict=True)
     ]
 
 
 def sample_row(logits: npt.NDArray[np.float32], params: SamplingParams, position: int) -> int:
-    """The token that follows; logits: (vocab,). Depends on its arguments only."""
+    """The token that follows; logits: (vocab,) with a finite maximum. Depends on nothing else."""
     if params.temperature == 0.0:
         return int(np.argmax(logits))
     scaled = _scale(logits, params.temperature)

@@ -89,10 +89,10 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """One generated token; `finish_reason` is set on the last."""
+    """One generated token; `finish_reason` is set on the last. No token: ERROR."""
 
     request: Request
-    token_id: int
+    token_id: int | None
     finish_reason: FinishReason | None
 
 
@@ -199,10 +199,11 @@ class Scheduler:
 
         return Step(scheduled)
 
-    def update(self, step: Step, sampled: Sequence[int]) -> list[Output]:
+    def update(self, step: Step, sampled: Sequence[int | None]) -> list[Output]:
         """Take in what a step computed: one sampled token for each of `step.sampling`.
 
-        Requests aborted since `schedule` are passed over.
+        None stands for logits that are no numbers: the request ends with ERROR. Requests aborted
+        since `schedule` are passed over.
         """
         tokens = iter(sampled)
         outputs: list[Output] = []
@@ -212,10 +213,16 @@ class Scheduler:
             if request.state is not RequestState.RUNNING:
                 continue
             self._count_prefill(request, chunk)
+            if chunk.wants_logits and token_id is None:
+                outputs.append(self._fail(request))
+                continue
             self._advance(request, chunk.start + len(chunk.token_ids))
             if token_id is not None:
                 outputs.append(self._append(request, token_id))
         return outputs
+
+    def __repr__(self) -> str:
+        return f"<Scheduler running={self.num_running} waiting={self.num_waiting}>"
 
     def check(self) -> None:
         """Verify the scheduler's and the pool's invariants; AssertionError if one is broken."""
@@ -363,6 +370,16 @@ class Scheduler:
         if reason is not None:
             self._finish(request, reason)
         return Output(request, token_id, reason)
+
+    def _fail(self, request: Request) -> Output:
+        """End a request whose logits are no numbers, and let nobody inherit its KV.
+
+        Finite logits prove the KV before them finite; these leave all of it suspect, also what
+        earlier chunks of the prompt put into the cache.
+        """
+        self.pool.forget(request.block_table)
+        self._finish(request, FinishReason.ERROR)
+        return Output(request, None, FinishReason.ERROR)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.state is RequestState.RUNNING:

@@ -6,7 +6,8 @@
 Order matters at both ends. The port is bound first, so that a port in use is known before
 seconds are spent on weights, but nobody can connect before the model has computed one step.
 On SIGTERM, SIGINT or the end of `lifeline_fd`: stop accepting, let running requests finish
-within the grace period, fail the rest, close.
+within the grace period, fail the rest, close. When the engine dies the process does too, with
+status 1, so that whoever supervises it starts a new one.
 
 Not here: command line (roost.cli), what any part does.
 """
@@ -18,7 +19,8 @@ import os
 import signal
 import socket
 import sys
-from typing import Literal
+from collections.abc import Coroutine
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -26,14 +28,14 @@ from aiohttp import web
 
 from roost_engine.batch import Chunk
 from roost_engine.blocks import BlockPool
-from roost_engine.config import CacheConfig, SchedulerConfig
-from roost_engine.core import EngineCore
+from roost_engine.config import CacheConfig, ModelConfig, SchedulerConfig
+from roost_engine.core import EngineCore, EngineDeadError
 from roost_engine.frontend import Frontend
-from roost_engine.loader import LoadedModel, ModelFileError, load_model
+from roost_engine.loader import ModelFileError, load_model
 from roost_engine.metrics import EngineMetrics
-from roost_engine.runner import ModelRunner
+from roost_engine.runner import ModelRunner, kv_bytes_per_token
 from roost_engine.scheduler import Scheduler
-from roost_engine.server import build_app
+from roost_engine.server import build_app, build_runner
 
 _DEFAULT_MAX_MODEL_LEN = 8192
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,7 +46,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str  # nickname, .gguf file or Hugging Face folder
     host: str = "127.0.0.1"
-    port: int = 8100  # 0: any free one, shown in the ready line
+    port: int = 8101  # 0: any free one, shown in the ready line
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory, less exact
     threads: int | None = None  # of torch; None: one for each core
     kv_tokens: int = 65536  # capacity of the KV cache; more keeps more conversations warm
@@ -65,7 +67,7 @@ class ServeError(Exception):
 async def serve(config: ServeConfig) -> None:
     """Run a replica until it is told to stop.
 
-    SystemExit(1), after one line on stderr, if it cannot start.
+    SystemExit(1), after one line on stderr, if it cannot start or if the engine dies.
     """
     stop = asyncio.Event()
     _stop_on_signals(stop)
@@ -73,44 +75,56 @@ async def serve(config: ServeConfig) -> None:
         _stop_on_end_of(config.lifeline_fd, stop)
     try:
         with _bind(config.host, config.port) as listener:
-            frontend = await asyncio.to_thread(build_frontend, config)
+            replica = await asyncio.to_thread(build_replica, config)
             if not stop.is_set():
-                await _run(frontend, listener, stop, config.grace_s)
-    except (ServeError, ModelFileError) as error:
+                await _run(replica, listener, stop, config.grace_s)
+    except (ServeError, ModelFileError, EngineDeadError) as error:
         sys.stderr.write(f"roost engine: {error}\n")
         raise SystemExit(1) from None
 
 
-def build_frontend(config: ServeConfig) -> Frontend:
+class Replica(msgspec.Struct, frozen=True):
+    """All parts of a replica, put together."""
+
+    frontend: Frontend
+    kv_cache_bytes: int
+
+
+def build_replica(config: ServeConfig) -> Replica:
     """Load the model and put the parts together; takes seconds. The core is not started.
 
     ServeError or ModelFileError if the options do not fit the model.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = load_model(config.model, _DTYPES[config.dtype])
+    dtype = _DTYPES[config.dtype]
+    model = load_model(config.model, dtype)
     try:
-        cache, limits = _limits(config, model)
+        cache, limits = _limits(config, model.config)
     except ValueError as error:
         raise ServeError(str(error)) from None
+    kv_cache_bytes = cache.num_tokens * kv_bytes_per_token(model.config, dtype)
+    _check_memory(kv_cache_bytes, sum(weight.nbytes for weight in model.weights.values()))
     runner = ModelRunner(model, cache)
     # The first step is several times slower than the next ones; no client should pay for it.
     runner.forward([Chunk(token_ids=[0], start=0, block_table=[0], wants_logits=True)])
     pool = BlockPool(cache.num_blocks, cache.block_size)
     core = EngineCore(Scheduler(limits, pool, model.config.eos_token_ids), runner)
     name = config.served_model_name or model.name
-    return Frontend(
+    frontend = Frontend(
         model_name=name,
         tokenizer=model.tokenizer,
+        chat=model.chat,
         vocab_size=model.config.vocab_size,
         core=core,
         metrics=EngineMetrics(name, core),
     )
+    return Replica(frontend, kv_cache_bytes)
 
 
-def _limits(config: ServeConfig, model: LoadedModel) -> tuple[CacheConfig, SchedulerConfig]:
+def _limits(config: ServeConfig, model: ModelConfig) -> tuple[CacheConfig, SchedulerConfig]:
     """Sizes of cache and steps. ValueError or ServeError if they contradict each other."""
-    longest = model.config.max_position
+    longest = model.max_position
     max_model_len = config.max_model_len or min(longest, _DEFAULT_MAX_MODEL_LEN)
     if max_model_len > longest:
         raise ServeError(f"max_model_len {max_model_len} exceeds the model's {longest} tokens")
@@ -131,30 +145,71 @@ def _limits(config: ServeConfig, model: LoadedModel) -> tuple[CacheConfig, Sched
     return cache, limits
 
 
+def _check_memory(kv_cache_bytes: int, weights_bytes: int) -> None:
+    """ServeError if the KV cache cannot fit this machine beside the weights.
+
+    Its pages are touched as they are first used: without this check it would be killed later.
+    """
+    memory_bytes = _physical_memory_bytes()
+    if memory_bytes is not None and kv_cache_bytes + weights_bytes > memory_bytes:
+        raise ServeError(
+            f"the KV cache would take {_gigabytes(kv_cache_bytes)} beside weights of "
+            f"{_gigabytes(weights_bytes)}, this machine has {_gigabytes(memory_bytes)} in all; "
+            f"lower kv_tokens, or use dtype bfloat16"
+        )
+
+
+def _physical_memory_bytes() -> int | None:
+    """None where the system does not tell."""
+    try:
+        num_pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return num_pages * page_bytes if num_pages > 0 and page_bytes > 0 else None
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
 async def _run(
-    frontend: Frontend, listener: socket.socket, stop: asyncio.Event, grace_s: float
+    replica: Replica, listener: socket.socket, stop: asyncio.Event, grace_s: float
 ) -> None:
-    frontend.core.start()
-    runner = web.AppRunner(
-        build_app(frontend), handler_cancellation=True, access_log=None, shutdown_timeout=2.0
-    )
+    """Serve until `stop` is set. EngineDeadError if the engine dies, then or before."""
+    core = replica.frontend.core
+    core.start()
+    runner = build_runner(build_app(replica.frontend))
     await runner.setup()
     site = web.SockSite(runner, listener)
     await site.start()
-    _announce(frontend, listener)
-    await stop.wait()
+    _announce(replica, listener)
+    await _first_of(stop.wait(), core.wait_until_dead())
     await site.stop()
-    await frontend.core.stop(grace_s)
+    await core.stop(grace_s)
     await runner.cleanup()
+    core.check_alive()
 
 
-def _announce(frontend: Frontend, listener: socket.socket) -> None:
+async def _first_of(*awaited: Coroutine[Any, Any, object]) -> None:
+    """Return when one of them has; the others are cancelled."""
+    tasks = [asyncio.ensure_future(each) for each in awaited]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _announce(replica: Replica, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
+    address = f"[{host}]" if listener.family == socket.AF_INET6 else host
+    frontend = replica.frontend
     pool = frontend.core.scheduler.pool
     kv_tokens = pool.num_blocks * pool.block_size
     sys.stdout.write(
-        f"ready: {frontend.model_name} on http://{host}:{port} "
-        f"(context {frontend.max_model_len} tokens, KV cache {kv_tokens} tokens)\n"
+        f"ready: {frontend.model_name} on http://{address}:{port} "
+        f"(context {frontend.max_model_len} tokens, KV cache {kv_tokens} tokens, "
+        f"{_gigabytes(replica.kv_cache_bytes)})\n"
     )
     sys.stdout.flush()
 

@@ -1,14 +1,20 @@
 """HTTP shell of a replica: OpenAI's endpoints, health and metrics. Decides nothing.
 
     POST /v1/chat/completions, /v1/completions    GET /v1/models, /v1/models/{id}
-    GET  /health (200, or 503 once the engine is dead or stopping), /metrics, /version
+    GET  /health, /metrics, /version
+
+Once the engine is dead or stopping, /health and /v1/models are 503: whoever watches either does
+not send requests here.
 
 The head of a stream is sent with its first token: an error before that is a proper HTTP error,
-and the head can tell how much of the prompt was cached (roost_wire.headers). An error after it
-is one event with an `error` object, and no [DONE].
+and the head can tell how much of the prompt was cached (roost_wire.headers). An error after it,
+also one nobody thought of, is one event with an `error` object, no [DONE], and no second head.
 
-A client that goes away cancels its handler (`handler_cancellation` of the runner that serves
-the app, see serve.py), which closes the generation: at any time, streaming or not.
+Bodies are taken as they are: a Content-Encoding is refused (415), and `build_runner` keeps
+aiohttp from decoding one before that.
+
+A client that goes away cancels its handler (`build_runner`), which closes the generation: at
+any time, streaming or not.
 
 Invariants: every error has a JSON body, every response an x-request-id. The exception is
 malformed HTTP, which aiohttp answers itself (400, text/plain, connection closed).
@@ -30,7 +36,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from aiohttp import web
 
-from roost_engine.core import EngineBusyError, EngineError
+from roost_engine.core import EngineBusyError, EngineError, LogitsError
 from roost_engine.openai_api import ApiError, error_body, parse_chat, parse_completion
 from roost_engine.responses import DONE, Answer, model_list, model_object, sse_event
 from roost_wire import headers
@@ -47,6 +53,8 @@ _log = logging.getLogger(__name__)
 
 _VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
+_IS_HEAD_SENT: Final = web.RequestKey("is_head_sent", bool)
+_DEFECT: Final = "Internal error of the replica."
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -55,7 +63,7 @@ def build_app(frontend: Frontend) -> web.Application:
     app = web.Application(
         middlewares=[_name_request, _answer_errors_in_json], client_max_size=MAX_BODY_BYTES
     )
-    app.on_response_prepare.append(_send_request_id)
+    app.on_response_prepare.append(_on_head)
     endpoints = _Endpoints(frontend)
     app.add_routes(
         [
@@ -71,6 +79,17 @@ def build_app(frontend: Frontend) -> web.Application:
     return app
 
 
+def build_runner(app: web.Application, *, shutdown_timeout_s: float = 2.0) -> web.AppRunner:
+    """What serves the application: handlers are cancelled when their client is gone."""
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+    )
+
+
 class _Endpoints:
     """One method for each route."""
 
@@ -79,17 +98,19 @@ class _Endpoints:
         self._created = _unix_time()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, parse_chat(await request.read()))
+        return await self._generate(request, parse_chat(await _read(request)))
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, parse_completion(await request.read()))
+        return await self._generate(request, parse_completion(await _read(request)))
 
     async def models(self, _request: web.Request) -> web.Response:
         frontend = self._frontend
+        frontend.core.check_healthy()
         return _json(model_list([frontend.model_name], self._created, frontend.max_model_len))
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
+        self._frontend.core.check_healthy()
         self._frontend.check_model(name)
         shown = model_object(name, self._created, self._frontend.max_model_len)
         return _json(msgspec.json.encode(shown))
@@ -123,6 +144,18 @@ class _Endpoints:
             return await _answer_whole(generation, answer)
 
 
+async def _read(request: web.Request) -> bytes:
+    """The body. ApiError 415 if it is encoded."""
+    encodings = ",".join(request.headers.getall("Content-Encoding", []))
+    if encodings.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"Content-Encoding {encodings!r} is not supported; send the body as it is.",
+            code="unsupported_content_encoding",
+        )
+    return await request.read()
+
+
 async def _answer_whole(generation: Generation, answer: Answer) -> web.Response:
     text, finish_reason = "", ""
     async for piece in generation.pieces():
@@ -139,13 +172,19 @@ async def _stream(
     first = await anext(pieces)
     response = web.StreamResponse(headers=_stream_headers(generation))
     await response.prepare(request)
-    await response.write(answer.head_event() + _events(first, generation, answer))
     try:
+        await response.write(answer.head_event() + _events(first, generation, answer))
         async for piece in pieces:
             await response.write(_events(piece, generation, answer))
     except EngineError as error:
-        status = _status(error)
-        await response.write(sse_event(error_body(status, str(error), code="engine_error")))
+        await response.write(sse_event(_engine_error_body(error)))
+    except ConnectionError:
+        raise  # the client is gone, aiohttp closes the connection
+    except Exception:  # noqa: BLE001
+        # A defect of ours, with the head sent already: what is left to tell it by is an event.
+        _log.exception("request %s failed in its stream", request[_REQUEST_ID])
+        response.force_close()
+        await response.write(sse_event(error_body(500, _DEFECT)))
     await response.write_eof()
     return response
 
@@ -186,7 +225,8 @@ async def _name_request(request: web.Request, handler: Handler) -> web.StreamRes
     return await handler(request)
 
 
-async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _on_head(request: web.Request, response: web.StreamResponse) -> None:
+    request[_IS_HEAD_SENT] = True
     request_id = request.get(_REQUEST_ID)
     if request_id is not None:
         response.headers[headers.REQUEST_ID] = request_id
@@ -196,31 +236,44 @@ async def _send_request_id(request: web.Request, response: web.StreamResponse) -
 async def _answer_errors_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except ApiError as error:
-        return _json(error.body(), status=error.status)
-    except EngineError as error:
-        return _engine_error(error)
-    except web.HTTPException as error:
-        return _http_error(request, error)
-    except web.RequestPayloadError as error:
-        return _json(error_body(400, f"The body cannot be read: {error}"), status=400)
     except ConnectionError:
         raise  # the client is gone, aiohttp closes the connection
-    except Exception:  # noqa: BLE001
-        # Request boundary: a defect of ours costs this request, and is logged with its cause.
-        _log.exception("request %s failed", request[_REQUEST_ID])
-        return _json(error_body(500, "Internal error of the replica."), status=500)
+    except Exception as error:
+        if request.get(_IS_HEAD_SENT):
+            raise  # aiohttp logs it and closes the connection; there is no second head
+        return _error_response(request, error)
 
 
-def _engine_error(error: EngineError) -> web.Response:
-    """The replica cannot take or finish the request; another one, or a later try, may."""
-    status = _status(error)
-    body = error_body(status, str(error), code="engine_busy" if status == 429 else "engine_error")
-    return _json(body, status=status, extra={"Retry-After": "1"})
+def _error_response(request: web.Request, error: Exception) -> web.Response:
+    match error:
+        case ApiError():
+            return _json(error.body(), status=error.status)
+        case EngineError():
+            status = _status(error)
+            # Another replica, or a later try, may serve it; not so what the model cannot compute.
+            extra = None if status == 500 else {"Retry-After": "1"}
+            return _json(_engine_error_body(error), status=status, extra=extra)
+        case web.HTTPException():
+            return _http_error(request, error)
+        case web.RequestPayloadError():
+            return _json(error_body(400, f"The body cannot be read: {error}"), status=400)
+    # Request boundary: a defect of ours costs this request, and is logged with its cause.
+    _log.error("request %s failed", request[_REQUEST_ID], exc_info=error)
+    return _json(error_body(500, _DEFECT), status=500)
+
+
+def _engine_error_body(error: EngineError) -> bytes:
+    code = "engine_busy" if isinstance(error, EngineBusyError) else "engine_error"
+    return error_body(_status(error), str(error), code=code)
 
 
 def _status(error: EngineError) -> int:
-    return 429 if isinstance(error, EngineBusyError) else 503
+    match error:
+        case EngineBusyError():
+            return 429
+        case LogitsError():
+            return 500
+    return 503
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:

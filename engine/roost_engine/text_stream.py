@@ -14,7 +14,7 @@ stop string) for each stop.
 Invariant: text shown is a prefix of the text received, free of stop strings, and all of it
 once `flush` was called on a stream that met none.
 
-Not here: tokens to text (tokenizer.py), telling the engine to stop (server side).
+Not here: tokens to text (tokenizer.py), telling the engine to stop (frontend.py).
 """
 
 from __future__ import annotations

@@ -4,26 +4,68 @@
     y[i]        = x[i]·cos(angle) - x[i + d/2]·sin(angle)
     y[i + d/2]  = x[i + d/2]·cos(angle) + x[i]·sin(angle)
 
-Source: Su et al., "RoFormer" (2021). llama.cpp pairs neighbours (2i, 2i+1) instead; its weights
-must have their rows restored first (the engine's loader does).
+Models trained further for long contexts divide some frequencies, the slow ones most:
+
+    angle[p, i] = p · theta^(-2i/d) / divisor[i]
+
+Source: Su et al., "RoFormer" (2021); for the divisors see `llama3_divisors`. llama.cpp pairs
+neighbours (2i, 2i+1) instead; its weights must have their rows restored first (the engine's
+loader does).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 
 
 def build_rope_table(
-    head_dim: int, num_positions: int, theta: float, dtype: torch.dtype
+    head_dim: int,
+    num_positions: int,
+    theta: float,
+    dtype: torch.dtype,
+    divisors: Sequence[float] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each (num_positions, head_dim / 2) in `dtype`, computed in fp32.
 
-    Only half of head_dim is stored, the other half is equal: 2 MB for 8,192 positions of 64.
+    `divisors`: head_dim / 2 of them, or none at all. Only half of head_dim is stored, the other
+    half is equal: 2 MB for 8,192 positions of 64.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = torch.outer(positions, 1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if divisors:
+        frequencies /= torch.tensor(divisors)
+    angles = torch.outer(positions, frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def llama3_divisors(
+    head_dim: int,
+    theta: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position: int,
+) -> tuple[float, ...]:
+    """Divisors of Llama 3.1's scaling (`rope_type: llama3` in Hugging Face configs).
+
+        turns[i]   = original_max_position · theta^(-2i/d) / 2π    in the context trained first
+        blend      = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        divisor[i] = 1 / ((1 - blend) / factor + blend)            blend cut off to 0 .. 1
+
+    Fast frequencies stay, slow ones are divided by `factor`, with a smooth passage between.
+    """
+    divisors: list[float] = []
+    for i in range(head_dim // 2):
+        turns = original_max_position * theta ** (-2 * i / head_dim) / (2 * math.pi)
+        blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        blend = min(max(blend, 0.0), 1.0)
+        divisors.append(1 / ((1 - blend) / factor + blend))
+    return tuple(divisors)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -37,11 +79,14 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def apply_rope_reference(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
+def apply_rope_reference(
+    x: torch.Tensor, positions: torch.Tensor, theta: float, divisors: Sequence[float] = ()
+) -> torch.Tensor:
     """The same by complex multiplication in fp64, straight from the positions (num_tokens,)."""
     half = x.shape[-1] // 2
     exponents = torch.arange(half, dtype=torch.float64) * 2 / x.shape[-1]
-    angles = torch.outer(positions.double(), theta**-exponents)
+    frequencies = theta**-exponents / torch.tensor(divisors or [1.0], dtype=torch.float64)
+    angles = torch.outer(positions.double(), frequencies)
     turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     rotated = torch.complex(x[..., :half].double(), x[..., half:].double()) * turns
     return torch.cat((rotated.real, rotated.imag), dim=-1).to(x.dtype)

@@ -61,7 +61,7 @@ def test_a_lookup_takes_no_reference_and_acquire_protects_from_eviction() -> Non
     table = fill(pool, [1, 2])
     pool.release(table)
     found = hits(pool, [1, 2])
-    assert all(pool.is_free(block) for block in found)
+    assert pool.num_free_among(found) == len(found)
 
     pool.acquire(found)
     others = pool.allocate(2)
@@ -126,7 +126,7 @@ def test_a_duplicate_is_swapped_for_the_canonical_block_and_freed() -> None:
 
     assert second == first
     assert pool.num_free == 4
-    assert pool.num_cached == 2
+    assert hits(pool, [1, 2, 3, 4]) == first
     pool.check([first, second])
 
 
@@ -146,6 +146,32 @@ def test_releasing_a_free_block_is_a_defect() -> None:
 
     with pytest.raises(AssertionError, match="released twice"):
         pool.release(table)
+
+
+def test_forgotten_blocks_and_their_successors_are_not_found_again() -> None:
+    pool = BlockPool(8, 1)
+    held, other = fill(pool, [1, 2, 3]), fill(pool, [1, 2, 9])
+    pool.release(other)
+
+    pool.forget(held[1:])
+
+    assert hits(pool, [1, 2, 3]) == held[:1]
+    assert hits(pool, [1, 2, 9]) == held[:1]
+    pool.check([held])
+    register_full(pool, held, [1, 2, 3])
+    pool.release(held)
+    pool.check([])
+
+
+def test_forgotten_free_blocks_are_reused_first() -> None:
+    pool = BlockPool(4, 1)
+    older, newer = fill(pool, [1]), fill(pool, [2])
+    pool.release(older)
+    pool.release(newer)
+
+    pool.forget(newer)
+
+    assert pool.allocate(1) == newer
 
 
 def test_usage_counts_referenced_blocks_only() -> None:
@@ -199,7 +225,8 @@ def test_nothing_after_an_uncached_block_is_cached() -> None:
 
     attacker = fill(pool, [11, 2, 3])
 
-    assert [pool.is_cached(block) for block in attacker] == [False, False, False]
+    assert hits(pool, [11, 2, 3]) == []
+    assert [pool._blocks[block].hash for block in attacker] == [None, None, None]
     pool.check([victim, attacker])
 
 
@@ -255,7 +282,18 @@ class PoolMachine(RuleBasedStateMachine):
         self.write(tokens, table, len(tokens) - 1)
 
     @rule(entry=consumes(tables))
+    def fail(self, entry: tuple[list[int], list[int]]) -> None:
+        """Afterwards nothing that this request touched can be hit."""
+        tokens, table = entry
+        self.pool.forget(table)
+        assert self.pool.lookup(tokens, self.pool.chain(tokens)) == []
+        self.close(entry)
+
+    @rule(entry=consumes(tables))
     def finish(self, entry: tuple[list[int], list[int]]) -> None:
+        self.close(entry)
+
+    def close(self, entry: tuple[list[int], list[int]]) -> None:
         self.open = [other for other in self.open if other is not entry]
         self.pool.release(entry[1])
 

@@ -20,6 +20,20 @@ CHATML = (
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% endif %}"
 )
+# As models trained with transformers' assistant mask have it.
+GENERATION = """{% set who = "nobody" %}
+{% for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- generation -%}
+        {% set who = message.role %}
+<{{ who }}>{{ message.content }}
+        {%- endgeneration -%}
+    {%- else %}
+[{{ message.role }}] {{ message.content }}
+    {% endif %}
+{% endfor %}
+{{ who }}
+"""
 # Exercises trim_blocks, lstrip_blocks, bos_token, namespace, break, tojson and filters.
 ELABORATE = """{{- bos_token }}
 {%- set ns = namespace(count=0) %}
@@ -52,7 +66,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("template", [CHATML, ELABORATE], ids=["chatml", "elaborate"])
+@pytest.mark.parametrize("template", [CHATML, ELABORATE, GENERATION])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_renders_what_transformers_renders(template: str, messages: list[dict[str, Any]]) -> None:
     hf = PreTrainedTokenizerFast(tokenizer_object=HfTokenizer(BPE()), **SPECIAL_TOKENS)
@@ -65,54 +79,10 @@ def test_renders_what_transformers_renders(template: str, messages: list[dict[st
     assert expected == actual
 
 
-def test_text_parts_are_joined_with_newlines() -> None:
-    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-
-    actual = ChatTemplate("{{ messages[0].content }}").render(
-        [{"role": "user", "content": content}]
-    )
-
-    assert actual == "a\nb"
-
-
-def test_the_callers_messages_are_left_alone() -> None:
-    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
-
-    ChatTemplate(CHATML).render([message])
-
-    assert message == {"role": "user", "content": [{"type": "text", "text": "a"}]}
-
-
-def test_other_keys_and_missing_content_reach_the_template() -> None:
-    template = ChatTemplate("{{ messages[0].tool_calls[0].id }}{{ messages[0].content is none }}")
-
-    actual = template.render([{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}])
-
-    assert actual == "c1True"
-
-
 def test_strftime_now_is_there() -> None:
     actual = ChatTemplate("{{ strftime_now('%Y') }}").render([{"role": "user", "content": "x"}])
 
     assert actual.isdigit()
-
-
-@pytest.mark.parametrize(
-    ("messages", "problem"),
-    [
-        ([], "must not be empty"),
-        ([{"content": "x"}], r"messages\[0\] must be an object with a role"),
-        (["x"], r"messages\[0\] must be an object with a role"),
-        ([{"role": "user", "content": 7}], "must be a string or a list of parts"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url' content is not"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "needs a string `text`"),
-        ([{"role": "user", "content": ["x"]}], "needs a string `text`"),
-        ([{"role": "user", "content": None}], "refused the messages: can only concatenate"),
-    ],
-)
-def test_unusable_messages_are_the_clients_fault(messages: Any, problem: str) -> None:
-    with pytest.raises(ChatTemplateError, match=problem):
-        ChatTemplate(CHATML).render(messages)
 
 
 def test_a_template_may_refuse() -> None:
@@ -136,6 +106,11 @@ def test_a_model_without_a_template_says_so() -> None:
         ChatTemplate(None).render([{"role": "user", "content": "x"}])
 
 
-def test_a_broken_template_is_found_when_it_is_compiled() -> None:
+@pytest.mark.parametrize(
+    "source",
+    ["{% if %}", "{{ x | no_such_filter }}", "{% for x in y %}" * 30 + "{% endfor %}" * 30],
+    ids=lambda source: source[:20],
+)
+def test_a_broken_template_is_found_when_it_is_compiled(source: str) -> None:
     with pytest.raises(ChatTemplateError, match="chat template is broken"):
-        ChatTemplate("{% if %}")
+        ChatTemplate(source)

@@ -16,19 +16,20 @@ from roost_engine.core import (
     EngineCore,
     EngineDeadError,
     EngineStoppingError,
+    LogitsError,
     TokenStream,
 )
 from roost_engine.request import FinishReason, Request, SamplingParams
-from roost_engine.scheduler import PromptTooLong, Scheduler
+from roost_engine.scheduler import PromptTooLong, Scheduler, Step
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), 0.0)
 
 
-def build(max_waiting: int = 100) -> tuple[EngineCore, FakeModel]:
+def build(max_running: int = 4, max_waiting: int = 100) -> tuple[EngineCore, FakeModel]:
     config = SchedulerConfig(
-        max_step_tokens=16, max_running=4, max_waiting=max_waiting, max_model_len=4000
+        max_step_tokens=16, max_running=max_running, max_waiting=max_waiting, max_model_len=4000
     )
     model = FakeModel(block_size=4)
     return EngineCore(Scheduler(config, BlockPool(1000, 4), frozenset()), model), model
@@ -109,6 +110,74 @@ async def test_a_step_that_raises_fails_everybody_and_later_requests_too() -> No
             core.submit(request("late", [1]))
 
 
+async def test_every_error_after_a_failure_is_an_object_of_its_own() -> None:
+    """One shared object would collect the traceback, and the request, of all who raise it."""
+    core, model = build()
+    model.fail_on_call = 1
+    async with running(core):
+        streams = [core.submit(request(name, [1])) for name in "ab"]
+        errors = await asyncio.gather(*(collect(s) for s in streams), return_exceptions=True)
+        for _ in range(3):
+            with pytest.raises(EngineDeadError) as raised:
+                core.check_accepts()
+            errors.append(raised.value)
+
+    assert len({id(error) for error in errors}) == 5
+    assert {str(error) for error in errors} == {"a step failed: RuntimeError: the model is on fire"}
+    depths = [depth(error) for error in errors[2:]]
+    assert depths == depths[:1] * 3
+
+
+def depth(error: object) -> int:
+    assert isinstance(error, EngineDeadError)
+    traceback, count = error.__traceback__, 0
+    while traceback is not None:
+        traceback, count = traceback.tb_next, count + 1
+    return count
+
+
+async def test_death_is_told_and_a_stop_is_no_death() -> None:
+    core, model = build()
+    async with running(core):
+        model.fail_on_call = 1
+        core.submit(request("a", [1]))
+        await core.wait_until_dead()
+        with pytest.raises(EngineDeadError):
+            core.check_alive()
+
+    core, _ = build()
+    async with running(core):
+        pass
+    core.check_alive()
+    with pytest.raises(EngineStoppingError):
+        core.check_healthy()
+
+
+async def test_a_request_without_numbers_fails_alone() -> None:
+    core, model = build()
+    model.spoils = {49}
+    async with running(core):
+        bad, good = core.submit(request("bad", [49])), core.submit(request("good", [1, 2]))
+        with pytest.raises(LogitsError, match="NaN"):
+            await collect(bad)
+
+        assert (await collect(good))[0] == continuation([1, 2], 5, 50)
+        model.spoils = set()
+        assert (await collect(core.submit(request("next", [49]))))[0] == continuation([49], 5, 50)
+        assert core.is_healthy
+        await until_all_free(core)
+
+
+async def test_a_scheduler_that_makes_no_progress_is_a_death_not_a_spin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, _ = build()
+    monkeypatch.setattr(core.scheduler, "schedule", lambda: Step([]))
+    async with running(core):
+        with pytest.raises(EngineDeadError, match="no step for <Scheduler running=0 waiting=1>"):
+            await collect(core.submit(request("a", [1])))
+
+
 async def test_stop_lets_running_requests_finish_within_the_grace_period() -> None:
     core, _ = build()
     core.start()
@@ -132,19 +201,47 @@ async def test_stop_without_grace_fails_what_is_left() -> None:
         await collect(stream)
 
 
-async def test_too_many_waiting_requests_are_refused() -> None:
-    core, _ = build(max_waiting=2)  # not started: everything stays in the inbox
-    core.submit(request("a", [1]))
-    core.submit(request("b", [1]))
+@pytest.mark.parametrize(("max_running", "max_waiting"), [(1, 0), (1, 2), (3, 0), (3, 2)])
+async def test_as_many_as_may_run_and_wait_are_taken_and_not_one_more(
+    max_running: int, max_waiting: int
+) -> None:
+    core, _ = build(max_running, max_waiting)
+    async with running(core):
+        for _ in range(2):  # also when places have become free again
+            names = [f"r{index}" for index in range(max_running + max_waiting)]
+            streams = [core.submit(request(name, [1])) for name in names]
 
-    with pytest.raises(EngineBusyError):
-        core.submit(request("c", [1]))
+            with pytest.raises(EngineBusyError):
+                core.submit(request("late", [1]))
 
-    assert core.num_waiting == 2
+            for stream in streams:
+                await collect(stream)
 
 
 async def test_what_can_never_fit_is_refused_at_once() -> None:
     core, _ = build()
+    async with running(core):
+        with pytest.raises(PromptTooLong):
+            core.submit(request("a", [1] * 3999))
 
-    with pytest.raises(PromptTooLong):
-        core.submit(request("a", [1] * 3999))
+
+async def test_an_engine_that_was_not_started_accepts_nothing() -> None:
+    core, _ = build()
+
+    with pytest.raises(EngineDeadError, match="does not run"):
+        core.submit(request("a", [1]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ({"max_running": 0}, "max_running must be at least 1"),
+        ({"max_waiting": -1}, "max_waiting must not be negative"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1"),
+        ({"max_step_tokens": 0, "max_running": 0}, "max_step_tokens must be at least 1"),
+        ({"max_step_tokens": 3, "max_running": 4}, "at least max_running"),
+    ],
+)
+def test_limits_under_which_nothing_runs_are_refused(limits: dict[str, int], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        SchedulerConfig(**limits)

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from roost_engine.batch import Chunk
+from roost_engine.chat import ChatTemplate
 from roost_engine.config import CacheConfig, ModelConfig
 from roost_engine.loader import LoadedModel
 from roost_engine.loader.hf_folder import _check_supported, _read_config, _read_weights
@@ -21,10 +22,20 @@ VOCAB = 97
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 
+# Of 8 frequencies 2 stay, 2 are in the passage and 4 are divided.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SHAPES = [
     pytest.param({"num_key_value_heads": 2, "tie_word_embeddings": True}, id="grouped, tied"),
     pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, id="one to one, untied"),
     pytest.param({"num_key_value_heads": 1, "head_dim": 24}, id="one kv head, wide heads"),
+    pytest.param({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, id="llama3 rotary"),
 ]
 
 
@@ -51,7 +62,7 @@ def _load(hf: LlamaForCausalLM, folder: Path, dtype: torch.dtype) -> LoadedModel
     _check_supported(config_json)
     config = _read_config(config_json, frozenset())
     weights = _read_weights(folder, config, dtype)
-    return LoadedModel("tiny", config, weights, Tokenizer.__new__(Tokenizer))
+    return LoadedModel("tiny", config, weights, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
 
 
 @pytest.fixture(params=SHAPES)
@@ -113,6 +124,17 @@ def test_a_prompt_in_chunks_gives_transformers_logits(
 
     ends = [min(start + chunk_size, 41) - 1 for start in range(0, 41, chunk_size)]
     _assert_close(torch.cat(rows), _hf_logits(hf, prompt)[ends])
+
+
+def test_llama3_scaling_makes_a_difference(tmp_path: Path) -> None:
+    """Or the comparisons above would show nothing."""
+    model = _load(_hf_model({"rope_parameters": LLAMA3}), tmp_path, torch.float32)
+    divisors = model.config.rope_divisors
+
+    assert len(divisors) == 8
+    assert divisors[0] == 1.0
+    assert any(1.0 < divisor < 8.0 for divisor in divisors)
+    assert divisors[-1] == 8.0
 
 
 def test_a_mixed_step_gives_each_request_its_own_logits(
@@ -213,7 +235,6 @@ def test_fusing_keeps_the_weights_in_memory_once(tmp_path: Path) -> None:
 
 def test_kv_bytes_per_token() -> None:
     config = ModelConfig(
-        architecture="llama",
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,

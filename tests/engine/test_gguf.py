@@ -11,12 +11,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import regex
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
+from hypothesis import given
+from hypothesis import strategies as st
 
 from roost_engine.loader import LoadedModel, ModelFileError, load, load_model
 from roost_engine.loader.gguf import GgufFile
+from roost_engine.loader.gguf_tokenizer import _llama3_cut
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 32, 4, 2, 8, 64, 2
 
@@ -254,6 +258,7 @@ def test_the_model_id_is_the_file_name_without_its_quantisation(
         ({"llama.attention.head_count_kv": 3}, "do not divide evenly"),
         ({"llama.attention.head_count": 8}, "has shape"),
         ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "must be positive"),
+        ({"tokenizer.chat_template": "{% if %}"}, "the model's chat template is broken"),
         ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2' is not supported"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer model 'llama' is not supported"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "holds a token twice"),
@@ -295,13 +300,76 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
         _load(path)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_freqs.weight", "surprise.weight"])
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "surprise.weight"])
 def test_a_tensor_that_would_be_ignored_is_refused(tmp_path: Path, name: str) -> None:
     tensors = _tensors() | {name: np.ones(HIDDEN, np.float32)}
     path = write_gguf(tmp_path / "model.gguf", tensors=tensors)
 
     with pytest.raises(ModelFileError, match=name.split(".", maxsplit=1)[0]):
         _load(path)
+
+
+def test_rope_freqs_divide_the_frequencies(tmp_path: Path) -> None:
+    divisors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
+    path = write_gguf(tmp_path / "model.gguf", tensors=_tensors() | {"rope_freqs.weight": divisors})
+
+    model = _load(path)
+
+    assert model.config.rope_divisors == (1.0, 1.5, 4.0, 8.0)
+    assert "rope_freqs.weight" not in model.weights
+    assert _load(write_gguf(tmp_path / "plain.gguf")).config.rope_divisors == ()
+
+
+@pytest.mark.parametrize(
+    ("divisors", "problem"),
+    [([1.0] * 8, "has shape"), ([1, 1, 1, 0], "not positive"), ([1, 1, 1, np.nan], "not positive")],
+    ids=str,
+)
+def test_rope_freqs_that_make_no_sense_are_refused(
+    tmp_path: Path, divisors: list[float], problem: str
+) -> None:
+    tensors = _tensors() | {"rope_freqs.weight": np.array(divisors, np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", tensors=tensors)
+
+    with pytest.raises(ModelFileError, match=f"'rope_freqs.weight' .*{problem}"):
+        _load(path)
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama3_takes_whole_tokens_without_merging_and_begins_with_bos(
+    tmp_path: Path, name: str
+) -> None:
+    """The token "zz" is one that no merge leads to; in Llama 3 it is taken all the same."""
+    tokens = [*TOKENS, "zz", "123"]
+    changes = {
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, *[1] * 259, 4, 1, 1],
+        "tokenizer.ggml.add_bos_token": None,
+    }
+    tensors = _tensors() | {"token_embd.weight": np.zeros((len(tokens), HIDDEN), np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", metadata=changes, tensors=tensors)
+
+    tokenizer = _load(path).tokenizer
+
+    assert tokenizer.encode("zz") == [tokens.index("zz")]
+    assert tokenizer.encode("1234") == [tokens.index("123"), tokens.index("4")]
+    assert tokenizer.encode("o", add_special_tokens=True) == [1, tokens.index("o")]
+    assert tokenizer.fewest_tokens("x" * 10) > 0
+    assert tokenizer.decode(tokenizer.encode("Ünïcode  \n\n x's 🌍")) == "Ünïcode  \n\n x's 🌍"
+
+
+@given(st.text(max_size=60) | st.text("aB1 \n\r\t'sS.é", max_size=60))
+def test_llama3_cuts_text_as_its_pattern_says(text: str) -> None:
+    """Compared with another implementation of regular expressions."""
+    pattern = regex.compile(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+    pieces = [text[start:end] for _, (start, end) in _llama3_cut().pre_tokenize_str(text)]
+
+    assert pieces == pattern.findall(text)
 
 
 def test_every_truncation_is_an_error_that_names_the_file(tiny: Path, tmp_path: Path) -> None:

@@ -16,6 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from roost_engine.loader import LoadedModel, ModelFileError, load_model
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 12345.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -91,6 +100,27 @@ def test_the_old_spelling_of_rope_theta_is_read(folder: Path) -> None:
     _edit(folder / "config.json", rope_parameters=None, rope_theta=777, rope_scaling=None)
 
     assert _load(folder).config.rope_theta == 777.0
+
+
+def test_both_spellings_of_llama3_scaling_are_read(folder: Path) -> None:
+    _edit(folder / "config.json", rope_parameters=LLAMA3)
+    new = _load(folder).config
+    old = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    _edit(folder / "config.json", rope_parameters=None, rope_theta=12345.0, rope_scaling=old)
+
+    assert len(new.rope_divisors) == 4
+    assert max(new.rope_divisors) == 8.0
+    assert _load(folder).config == new
+
+
+def test_truncation_and_padding_saved_by_training_are_not_obeyed(folder: Path) -> None:
+    expected = _load(folder).tokenizer.encode("a rather long text")
+    backend = HfTokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(max_length=4)
+    backend.enable_padding(length=64)
+    backend.save(str(folder / "tokenizer.json"))
+
+    assert _load(folder).tokenizer.encode("a rather long text") == expected
 
 
 def test_generation_config_names_the_eos_ids(folder: Path) -> None:
@@ -175,7 +205,10 @@ def test_the_template_setting_is_one_text_or_several(
         ({"mlp_bias": True}, "mlp_bias is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'factor' is missing"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "makes no sense"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "'factor' is '8'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
@@ -216,6 +249,10 @@ def _cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _break_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% if %}")
+
+
 def _use_metaspace(folder: Path) -> None:
     backend = HfTokenizer(models.BPE())
     backend.decoder = decoders.Metaspace()
@@ -239,6 +276,7 @@ def _use_metaspace(folder: Path) -> None:
         (_break_eos, "eos_token_id is"),
         (_escape_folder, "not a file of this folder"),
         (_add_bias, "q_proj.bias' is not part of a Llama model"),
+        (_break_template, "the model's chat template is broken"),
         (_use_metaspace, "decoder Metaspace is not supported"),
     ],
 )

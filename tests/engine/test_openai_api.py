@@ -43,7 +43,7 @@ def test_defaults_are_those_of_openai() -> None:
     assert asked.prompt == Chat([Message("user", "Hello")])
     assert (asked.temperature, asked.top_p, asked.top_k, asked.seed) == (1.0, 1.0, 0, None)
     assert (asked.max_tokens, asked.stop, asked.stream) == (None, (), False)
-    assert completion().max_tokens == 16
+    assert completion().max_tokens is None
 
 
 def test_everything_that_is_implemented_arrives() -> None:
@@ -315,29 +315,52 @@ def test_any_bytes_are_a_request_or_an_api_error(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_prompt_tokens", "max_tokens", "expected"),
-    [(10, None, 90), (99, None, 1), (10, 90, 90), (10, 5, 5)],
+    ("ask", "num_prompt_tokens", "max_tokens", "expected"),
+    [
+        (chat, 10, None, 90),
+        (chat, 99, None, 1),
+        (chat, 10, 90, 90),
+        (chat, 10, 5, 5),
+        (completion, 10, None, 16),
+        (completion, 90, None, 10),
+        (completion, 99, None, 1),
+        (completion, 10, 90, 90),
+    ],
 )
 def test_max_tokens_within_the_context(
-    num_prompt_tokens: int, max_tokens: int | None, expected: int
+    ask: Callable[..., ApiRequest], num_prompt_tokens: int, max_tokens: int | None, expected: int
 ) -> None:
-    assert check_context(num_prompt_tokens, max_tokens, 100) == expected
+    assert check_context(ask(max_tokens=max_tokens), num_prompt_tokens, 100) == expected
 
 
 @pytest.mark.parametrize(
-    ("num_prompt_tokens", "max_tokens", "param"),
-    [(100, None, "messages"), (250, None, "messages"), (10, 91, "max_tokens")],
+    ("ask", "num_prompt_tokens", "max_tokens", "param"),
+    [
+        (chat, 100, None, "messages"),
+        (chat, 250, 3, "messages"),
+        (chat, 10, 91, "max_tokens"),
+        (completion, 100, None, "prompt"),
+        (completion, 250, 3, "prompt"),
+        (completion, 10, 91, "max_tokens"),
+    ],
 )
 def test_what_exceeds_the_context_is_told_with_both_numbers(
-    num_prompt_tokens: int, max_tokens: int | None, param: str
+    ask: Callable[..., ApiRequest], num_prompt_tokens: int, max_tokens: int | None, param: str
 ) -> None:
     with pytest.raises(ApiError) as refused:
-        check_context(num_prompt_tokens, max_tokens, 100)
+        check_context(ask(max_tokens=max_tokens), num_prompt_tokens, 100)
 
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert refused.value.param == param
     assert "100 tokens" in refused.value.message
     assert f"{num_prompt_tokens} in the prompt" in refused.value.message
+
+
+def test_a_bound_is_told_as_a_bound() -> None:
+    with pytest.raises(ApiError, match="at least 251 tokens") as refused:
+        check_context(completion(), 250, 100, is_exact=False)
+
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_errors_have_openais_four_fields() -> None:

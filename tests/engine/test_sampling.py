@@ -92,6 +92,22 @@ def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -
     assert sample_row(logits, params(temperature=temperature), 0) == 2
 
 
+@pytest.mark.parametrize("spoilt", [[np.nan, 1, 2], [0, np.inf, 0], [-np.inf] * 3])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.5}, {"top_k": 2}, {}], ids=str)
+def test_a_row_that_is_no_numbers_gives_no_token_and_spoils_no_other(
+    spoilt: list[float], options: dict[str, float]
+) -> None:
+    good = [0.0, -np.inf, 9.0]
+    logits = torch.tensor([good, spoilt, good], dtype=torch.float32)
+
+    first, none, last = sample(logits, [params(**options)] * 3, [4, 4, 4])
+
+    assert none is None
+    assert (
+        first == last == sample_row(np.array(good, dtype=np.float32), params(**options), position=4)
+    )
+
+
 def test_tokens_of_probability_zero_are_never_drawn() -> None:
     logits = np.array([0.0, -np.inf, 0.0, -np.inf], dtype=np.float32)
 

@@ -90,7 +90,7 @@ class Engine:
             assert len(chunk.block_table) * size >= end
             for index in range(chunk.start // size, -(-end // size)):
                 assert holders[chunk.block_table[index]] == 1
-                assert not self.pool.is_cached(chunk.block_table[index])
+                assert self.pool._blocks[chunk.block_table[index]].hash is None
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -102,7 +102,11 @@ def assert_right(*requests: Request) -> None:
     for request in requests:
         prompt = request.token_ids[: request.num_prompt_tokens]
         expected = continuation(prompt, request.sampling.max_tokens, VOCAB)
-        assert expected[: request.num_output_tokens] == request.output_ids
+        assert expected[: request.num_output_tokens] == outputs_of(request)
+
+
+def outputs_of(request: Request) -> list[int]:
+    return request.token_ids[request.num_prompt_tokens :]
 
 
 def names(step: Step) -> list[str]:
@@ -193,7 +197,7 @@ def test_end_of_sequence_stops_unless_it_is_ignored() -> None:
     engine.run()
 
     assert stops.finish_reason is FinishReason.STOP
-    assert eos in stops.output_ids[-1:]
+    assert eos in outputs_of(stops)[-1:]
     assert goes_on.finish_reason is FinishReason.LENGTH
     assert_right(stops, goes_on)
 
@@ -423,6 +427,52 @@ def test_abort_of_somebody_unknown_or_finished_is_nothing() -> None:
 
     assert engine.scheduler.abort("a") is None
     assert engine.scheduler.abort("never") is None
+
+
+# -- logits that are no numbers -----------------------------------------------------------
+
+
+def test_a_request_without_numbers_ends_alone() -> None:
+    engine = Engine()
+    bad, good = engine.add("bad", [1, 2, 3, 99]), engine.add("good", prompt_of(6))
+    engine.model.spoils = {99}
+
+    engine.run()
+
+    assert bad.finish_reason is FinishReason.ERROR
+    assert [output.token_id for output in engine.outputs if output.request is bad] == [None]
+    assert good.finish_reason is FinishReason.LENGTH
+    assert_right(good)
+
+
+@pytest.mark.parametrize("max_step_tokens", [8, 64])
+def test_nobody_inherits_what_spoiled_a_request(max_step_tokens: int) -> None:
+    """Also not the chunks of its prompt that were cached before anybody saw the logits."""
+    engine = Engine(max_step_tokens=max_step_tokens)
+    prompt = [99, *prompt_of(20)]
+    engine.model.spoils = {99}
+    engine.add("bad", prompt)
+    engine.run()
+    engine.model.spoils = set()
+
+    again = engine.add("again", prompt)
+    engine.run()
+
+    assert (again.finish_reason, again.num_cached_tokens) == (FinishReason.LENGTH, 0)
+    assert_right(again)
+
+
+def test_a_decode_without_numbers_keeps_what_came_before() -> None:
+    prompt = prompt_of(10)
+    engine = Engine()
+    request = engine.add("a", prompt, max_tokens=8)
+    engine.step()
+    engine.step()
+    engine.model.spoils = {request.token_ids[-1]}
+    engine.run()
+
+    assert request.finish_reason is FinishReason.ERROR
+    assert_right(request)
 
 
 # -- random runs --------------------------------------------------------------------------

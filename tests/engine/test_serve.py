@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from roost_engine.serve import ServeConfig, ServeError, _bind
+from roost_engine.serve import ServeError, _bind
 
 pytestmark = [pytest.mark.model, pytest.mark.e2e]
 
@@ -85,7 +85,3 @@ def test_sigterm_is_a_clean_end() -> None:
 def test_an_address_that_does_not_exist_is_told() -> None:
     with pytest.raises(ServeError, match=r"cannot listen on no-such-host.invalid:1:"):
         _bind("no-such-host.invalid", 1)
-
-
-def test_the_default_is_local_only() -> None:
-    assert ServeConfig(model="x").host == "127.0.0.1"

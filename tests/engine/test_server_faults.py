@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
+import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from fake_model import FakeModel
+from fake_model import FakeModel, continuation
 
+from roost_engine import serve
 from roost_engine.blocks import BlockPool
+from roost_engine.chat import ChatTemplate
 from roost_engine.config import SchedulerConfig
 from roost_engine.core import EngineCore
 from roost_engine.frontend import Frontend
 from roost_engine.metrics import EngineMetrics
+from roost_engine.responses import Answer
 from roost_engine.scheduler import Scheduler
-from roost_engine.server import build_app
+from roost_engine.server import build_app, build_runner
 
 
 class LetterTokenizer:
     """One token a character; generated ids become letters."""
 
-    chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    special_tokens: Mapping[str, str] = {}
-    eos_token_ids: frozenset[int] = frozenset()
+    def fewest_tokens(self, text: str) -> int:
+        return -(-len(text.encode()) // 4)  # a character of UTF-8
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [ord(character) % 50 for character in text]
@@ -35,42 +41,63 @@ class LetterTokenizer:
         return bytes([ord("A") + token_id])
 
 
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
 class Replica:
-    def __init__(self, client: Any, core: EngineCore, model: FakeModel) -> None:
+    def __init__(self, client: Any, frontend: Frontend, model: FakeModel) -> None:
         self.client = client
-        self.core = core
+        self.frontend = frontend
+        self.core = frontend.core
         self.model = model
 
-    async def post(self, **fields: Any) -> tuple[int, str]:
-        sent = {"model": "fake", "prompt": "hello", "temperature": 0} | fields
-        async with self.client.post("/v1/completions", json=sent) as answer:
+    async def post(self, path: str = "/v1/completions", **fields: Any) -> tuple[int, str]:
+        prompt = {"prompt": "hello"} if path == "/v1/completions" else {}
+        sent = {"model": "fake", "temperature": 0} | prompt | fields
+        async with self.client.post(path, json=sent) as answer:
+            return answer.status, await answer.text()
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with self.client.get(path) as answer:
             return answer.status, await answer.text()
 
     async def health(self) -> int:
-        async with self.client.get("/health") as answer:
-            return int(answer.status)
+        return (await self.get("/health"))[0]
 
 
-@asynccontextmanager
-async def replica(max_waiting: int = 100) -> AsyncIterator[Replica]:
+class Server(TestServer):
+    """Serves as `roost serve` does."""
+
+    async def _make_runner(self, **kwargs: Any) -> web.AppRunner:
+        return build_runner(self.app)
+
+
+def build(max_running: int = 4, max_waiting: int = 100) -> tuple[Frontend, FakeModel]:
     config = SchedulerConfig(
-        max_step_tokens=64, max_running=4, max_waiting=max_waiting, max_model_len=2000
+        max_step_tokens=64, max_running=max_running, max_waiting=max_waiting, max_model_len=2000
     )
     model = FakeModel(block_size=4)
     core = EngineCore(Scheduler(config, BlockPool(600, 4), frozenset()), model)
     frontend = Frontend(
         model_name="fake",
         tokenizer=LetterTokenizer(),  # type: ignore[arg-type]
+        chat=ChatTemplate(CHAT),
         vocab_size=50,
         core=core,
         metrics=EngineMetrics("fake", core),
     )
-    core.start()
-    async with TestClient(TestServer(build_app(frontend))) as client:
+    return frontend, model
+
+
+@asynccontextmanager
+async def replica(max_running: int = 4, max_waiting: int = 100) -> AsyncIterator[Replica]:
+    frontend, model = build(max_running, max_waiting)
+    frontend.core.start()
+    async with TestClient(Server(build_app(frontend))) as client:
         try:
-            yield Replica(client, core, model)
+            yield Replica(client, frontend, model)
         finally:
-            await core.stop()
+            await frontend.core.stop()
 
 
 async def test_a_failure_before_the_first_token_is_an_http_error() -> None:
@@ -82,6 +109,48 @@ async def test_a_failure_before_the_first_token_is_an_http_error() -> None:
             assert status == 503
             assert "the model is on fire" in json.loads(body)["error"]["message"]
         assert await served.health() == 503
+
+
+async def test_a_dead_engine_shows_no_models() -> None:
+    async with replica() as served:
+        assert (await served.get("/v1/models"))[0] == 200
+        served.model.fail_on_call = 1
+        await served.post()
+
+        for path in ("/v1/models", "/v1/models/fake"):
+            status, body = await served.get(path)
+
+            assert status == 503
+            assert "the model is on fire" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "top_p": 0.5}], ids=str)
+async def test_logits_that_are_no_numbers_cost_one_request(options: dict[str, float]) -> None:
+    async with replica() as served:
+        served.model.spoils = {49}
+        for stream in (False, True):
+            status, body = await served.post(prompt=[1, 49], stream=stream, **options)
+
+            error = json.loads(body)["error"]
+            assert (status, error["type"], error["code"]) == (500, "server_error", "engine_error")
+        assert (await served.post(prompt=[1, 2]))[0] == 200
+        assert await served.health() == 200
+        assert 'finished_reason="error",model_name="fake"} 2.0' in (await served.get("/metrics"))[1]
+
+
+async def test_logits_that_are_no_numbers_mid_stream_are_an_error_event() -> None:
+    async with replica() as served:
+        tokens = continuation([1, 2, 3], 3, 50)
+        assert len({1, 2, 3, *tokens}) == 6
+        served.model.spoils = {tokens[-1]}
+        status, body = await served.post(prompt=[1, 2, 3], max_tokens=50, stream=True)
+
+        events = [json.loads(event.removeprefix("data: ")) for event in body.split("\n\n")[:-1]]
+        assert status == 200
+        text = "".join(event["choices"][0]["text"] for event in events[:-1])
+        assert text == "".join(chr(ord("A") + token) for token in tokens)
+        assert events[-1]["error"]["type"] == "server_error"
+        assert "[DONE]" not in body
 
 
 async def test_a_failure_mid_stream_is_an_error_event_and_no_done() -> None:
@@ -121,6 +190,97 @@ async def test_a_defect_of_ours_is_a_json_500(monkeypatch: Any) -> None:
         assert json.loads(body)["error"]["type"] == "server_error"
 
 
+@pytest.mark.parametrize("broken", ["text_event", "finish_event"])
+async def test_a_defect_of_ours_mid_stream_is_one_event_and_the_end_of_the_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    async with replica() as served:
+        monkeypatch.setattr(Answer, broken, lambda *_: 1 / 0)
+        body = json.dumps({"model": "fake", "prompt": "hello", "stream": True}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.client.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+        received = (await reader.read()).decode()  # up to the end: the connection is closed
+        writer.close()
+
+    assert received.count("HTTP/1.1") == 1
+    assert received.count('"error"') == 1
+    assert received.endswith("\r\n0\r\n\r\n")
+    assert "[DONE]" not in received
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_error_after_the_head_is_no_second_head() -> None:
+    """Whatever a handler forgets to catch."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        raise ValueError
+
+    async with replica() as served:
+        app = build_app(served.frontend)
+        app.router.add_get("/defect", handler)
+        async with Server(app) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"GET /defect HTTP/1.1\r\nHost: x\r\n\r\n")
+            received = (await reader.read()).decode()
+            writer.close()
+
+    assert received.count("HTTP/1.1") == 1
+    assert received.endswith("begun\r\n")
+
+
+async def test_no_more_requests_are_taken_than_may_run_and_wait() -> None:
+    async with replica(max_running=1, max_waiting=0) as served:
+        running = asyncio.create_task(served.post(stream=True, max_tokens=1900))
+        while not served.core.num_in_flight:
+            await asyncio.sleep(0.005)
+
+        async with served.client.post(
+            "/v1/completions", json={"model": "fake", "prompt": "hello"}
+        ) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+            assert json.loads(await answer.text())["error"]["type"] == "rate_limit_error"
+
+        assert (await running)[0] == 200
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_rendered_or_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LetterTokenizer, "encode", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(ChatTemplate, "render", lambda *_: 1 / 0)
+    many = [{"role": "user", "content": ""}] * 20_000
+    long = [{"role": "user", "content": "x" * 1000}] * 8
+    async with replica() as served:
+        for path, fields, param in [
+            ("/v1/completions", {"prompt": "x" * 8000}, "prompt"),
+            ("/v1/chat/completions", {"messages": long}, "messages"),
+            ("/v1/chat/completions", {"messages": many}, "messages"),
+        ]:
+            status, body = await served.post(path, **fields)
+
+            error = json.loads(body)["error"]
+            assert (status, error["code"]) == (400, "context_length_exceeded")
+            assert error["param"] == param
+            assert "requested at least" in error["message"]
+
+
+async def test_a_completion_without_max_tokens_takes_the_room_there_is() -> None:
+    async with replica() as served:
+        for num_prompt_tokens, num_generated in [(10, 16), (1990, 10), (1999, 1)]:
+            status, body = await served.post(prompt=[1] * num_prompt_tokens)
+
+            assert status == 200
+            assert json.loads(body)["usage"]["completion_tokens"] == num_generated
+
+        status, body = await served.post(prompt=[1] * 2000)
+        assert (status, json.loads(body)["error"]["param"]) == (400, "prompt")
+
+
 async def test_a_long_prompt_is_encoded_off_the_loop_and_answered() -> None:
     async with replica() as served:
         status, body = await served.post(prompt="x" * 5000)
@@ -143,24 +303,80 @@ async def test_prefix_sharing_requests_report_what_they_took_from_the_cache() ->
         assert sorted(cached) == [0] + [280] * 5
 
 
-async def test_a_body_that_cannot_be_decompressed_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", b"no gzip"),
+        ("gzip", gzip.compress(b" " * (33 * 1024 * 1024))),
+        ("GZIP, identity", gzip.compress(b"{}")),
+        ("br", b"{}"),
+        ("unheard-of", b"{}"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_an_encoded_body_is_refused_as_it_is(path: str, encoding: str, body: bytes) -> None:
+    async with (
+        replica() as served,
+        served.client.post(path, data=body, headers={"Content-Encoding": encoding}) as answer,
+    ):
+        assert answer.status == 415
+        assert json.loads(await answer.text())["error"]["code"] == "unsupported_content_encoding"
+
+
+async def test_identity_is_no_encoding() -> None:
     async with (
         replica() as served,
         served.client.post(
-            "/v1/completions", data=b"no gzip", headers={"Content-Encoding": "gzip"}
+            "/v1/completions",
+            data=b'{"model":"fake","prompt":"hello"}',
+            headers={"Content-Encoding": "identity"},
         ) as answer,
     ):
-        assert answer.status == 400
-        assert json.loads(await answer.text())["error"]["message"]
+        assert answer.status == 200
 
 
-async def test_a_body_that_explodes_when_decompressed_is_too_large() -> None:
-    bomb = gzip.compress(b" " * (33 * 1024 * 1024))
-    async with (
-        replica() as served,
-        served.client.post(
-            "/v1/completions", data=bomb, headers={"Content-Encoding": "gzip"}
-        ) as answer,
-    ):
-        assert answer.status == 413
-        assert json.loads(await answer.text())["error"]["message"]
+async def test_a_replica_whose_engine_dies_exits_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frontend, model = build()
+    model.fail_on_call = 1
+    monkeypatch.setattr(serve, "build_replica", lambda _: serve.Replica(frontend, 10**9))
+
+    async def ask() -> int:
+        line = ""
+        while not line:
+            await asyncio.sleep(0.005)
+            line = capsys.readouterr().out
+        ready = re.match(r"^ready: (?P<model>.*) on (?P<url>http://\S+)", line)
+        assert ready is not None
+        async with (
+            aiohttp.ClientSession(ready["url"]) as session,
+            session.post("/v1/completions", json={"model": "fake", "prompt": "hello"}) as answer,
+        ):
+            return answer.status
+
+    asked = asyncio.create_task(ask())
+    with pytest.raises(SystemExit) as ended:
+        await serve.serve(serve.ServeConfig(model="fake", port=0))
+
+    assert await asked == 503
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err
+    assert "roost engine: a step failed: RuntimeError: the model is on fire" in errors
+
+
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_ready_line_is_a_url_also_over_ipv6(
+    capsys: pytest.CaptureFixture[str], host: str, url: str
+) -> None:
+    async def announce() -> int:
+        with serve._bind(host, 0) as listener:
+            serve._announce(serve.Replica(build()[0], 2_500_000_000), listener)
+            return int(listener.getsockname()[1])
+
+    port = asyncio.run(announce())
+
+    assert capsys.readouterr().out == (
+        f"ready: fake on http://{url}:{port} (context 2000 tokens, KV cache 2400 tokens, 2.5 GB)\n"
+    )

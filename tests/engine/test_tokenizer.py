@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from roost_engine.loader import load
 from roost_engine.loader.gguf import GgufFile
 from roost_engine.loader.gguf_tokenizer import read_tokenizer
-from roost_engine.tokenizer import Tokenizer, UnsupportedTokenizerError
+from roost_engine.tokenizer import Detokenizer, Tokenizer, UnsupportedTokenizerError
 
 TEXTS = [
     "Hello, world!",
@@ -52,7 +53,7 @@ def smollm2() -> Tokenizer:
 
 
 def _stream(tokenizer: Tokenizer, ids: list[int]) -> str:
-    detokenizer = tokenizer.detokenizer()
+    detokenizer = Detokenizer(tokenizer)
     return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
 
@@ -63,7 +64,7 @@ def test_streaming_any_ids_equals_decoding_them(ids: list[int]) -> None:
 
 @given(st.text(max_size=80))
 def test_text_survives_the_round_trip(text: str) -> None:
-    ids = SMALL.encode(text, parse_special=False)
+    ids = SMALL.encode(text)
 
     assert text == SMALL.decode(ids) == _stream(SMALL, ids)
 
@@ -71,15 +72,15 @@ def test_text_survives_the_round_trip(text: str) -> None:
 @given(st.text(max_size=40))
 def test_pushed_text_is_final(text: str) -> None:
     """Every prefix of the pushes is a prefix of the text: nothing is taken back."""
-    detokenizer = SMALL.detokenizer()
+    detokenizer = Detokenizer(SMALL)
     shown = ""
-    for token_id in SMALL.encode(text, parse_special=False):
+    for token_id in SMALL.encode(text):
         shown += detokenizer.push(token_id)
         assert text.startswith(shown)
 
 
 def test_an_incomplete_character_waits_for_its_last_byte() -> None:
-    detokenizer = SMALL.detokenizer()
+    detokenizer = Detokenizer(SMALL)
     ids = SMALL.encode("🙂")
 
     assert [detokenizer.push(token_id) for token_id in ids] == ["", "", "", "🙂"]
@@ -87,21 +88,90 @@ def test_an_incomplete_character_waits_for_its_last_byte() -> None:
 
 
 def test_a_character_cut_off_at_the_end_is_flushed_as_a_replacement() -> None:
-    detokenizer = SMALL.detokenizer()
+    detokenizer = Detokenizer(SMALL)
     first_byte = SMALL.encode("🙂")[0]
 
     assert detokenizer.push(first_byte) == ""
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_special_tokens_are_recognised_unless_told_otherwise() -> None:
-    end = min(SMALL.eos_token_ids)
+def test_special_tokens_are_recognised() -> None:
+    assert [*SMALL.eos_token_ids] == SMALL.encode("<|end|>")
 
-    assert [end] == SMALL.encode("<|end|>")
-    plain = SMALL.encode("<|end|>", parse_special=False)
-    assert end not in plain
-    assert SMALL.decode(plain) == "<|end|>"
-    assert [end] == SMALL.encode("<|end|>")  # the other mode left this one as it was
+
+def _tokenizer(backend: HfTokenizer) -> Tokenizer:
+    return Tokenizer(backend, eos_token_ids=frozenset(), chat_template=None, special_tokens={})
+
+
+def _backend() -> HfTokenizer:
+    """A copy that a test may change."""
+    return HfTokenizer.from_str(SMALL._backend.to_str())
+
+
+def test_truncation_and_padding_of_the_file_are_turned_off() -> None:
+    backend = _backend()
+    backend.enable_truncation(max_length=2)
+    backend.enable_padding(length=50)
+
+    assert _tokenizer(backend).encode("hello world") == SMALL.encode("hello world")
+
+
+@given(st.text(max_size=80) | st.text("hel →größ<|nd>", max_size=80))
+def test_ids_are_those_of_the_librarys_plain_encode(text: str) -> None:
+    assert SMALL._backend.encode(text, add_special_tokens=False).ids == SMALL.encode(text)
+
+
+LONG_TOKENS = st.lists(st.sampled_from(["→ größer", "<|end|>", "hell"])).map("".join)
+
+
+@given(st.text(max_size=80) | LONG_TOKENS)
+def test_a_text_never_has_fewer_tokens_than_its_bytes_allow(text: str) -> None:
+    assert SMALL.fewest_tokens(text) <= len(SMALL.encode(text))
+
+
+def test_the_fewest_tokens_follow_from_the_longest() -> None:
+    """That is "→ größer" with 12 bytes."""
+    texts = ["", "x", "x" * 12, "ä" * 6 + "x", "→ größer" * 100]
+
+    assert [SMALL.fewest_tokens(text) for text in texts] == [0, 1, 1, 2, 100]
+
+
+@given(st.text("abc", max_size=20))
+def test_bytes_without_a_token_do_not_count(text: str) -> None:
+    backend = _backend()
+    backend.model = models.BPE(vocab={"a": 0, "b": 1, "aa": 2}, merges=[("a", "a")])
+    tokenizer = _tokenizer(backend)
+    num_kept = text.count("a") + text.count("b")
+
+    assert tokenizer.fewest_tokens(text) == -(-num_kept // 12)
+    assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
+
+
+def _normalise(backend: HfTokenizer) -> None:
+    backend.normalizer = normalizers.Strip()
+
+
+def _drop_spaces(backend: HfTokenizer) -> None:
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", behavior="removed"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+
+
+def _strip_around_tokens(backend: HfTokenizer) -> None:
+    backend.add_special_tokens([AddedToken("<pad>", lstrip=True)])
+
+
+@pytest.mark.parametrize("change", [_normalise, _drop_spaces, _strip_around_tokens])
+def test_where_text_may_shrink_no_number_of_tokens_is_promised(
+    change: Callable[[HfTokenizer], None],
+) -> None:
+    backend = _backend()
+    change(backend)
+
+    assert _tokenizer(backend).fewest_tokens("x" * 10_000) == 0
 
 
 def test_special_tokens_are_not_shown_but_added_text_is() -> None:
@@ -123,6 +193,7 @@ def test_a_decoder_that_is_not_byte_level_is_refused_by_name() -> None:
 def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
     ids = smollm2.encode(text)
 
+    assert smollm2._backend.encode(text, add_special_tokens=False).ids == ids
     assert text == smollm2.decode(ids) == _stream(smollm2, ids)
 
 
@@ -131,6 +202,13 @@ def test_smollm2_round_trip(smollm2: Tokenizer, text: str) -> None:
 @given(ids=st.lists(st.integers(0, 49151), max_size=80))
 def test_smollm2_streams_any_ids_as_it_decodes_them(smollm2: Tokenizer, ids: list[int]) -> None:
     assert smollm2.decode(ids) == _stream(smollm2, ids)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("text", [*TEXTS, "\x04\x06 \x13" * 50, " " * 500, "=" * 500])
+def test_smollm2_has_no_fewer_tokens_than_its_bytes_allow(smollm2: Tokenizer, text: str) -> None:
+    assert smollm2.fewest_tokens(text) <= len(smollm2.encode(text))
+    assert smollm2.fewest_tokens("a" * 81 * 7 + "a") == 8
 
 
 @pytest.mark.model

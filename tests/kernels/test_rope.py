@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from roost_kernels.rope import apply_rope, apply_rope_reference, build_rope_table
+from roost_kernels.rope import (
+    apply_rope,
+    apply_rope_reference,
+    build_rope_table,
+    llama3_divisors,
+)
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -22,6 +29,37 @@ def test_equals_the_reference(head_dim: int, theta: float) -> None:
     # fp32 angles of a few hundred radians are good to about 1e-5.
     expected = apply_rope_reference(x, positions, theta)
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
+
+
+def test_divided_frequencies_equal_the_reference() -> None:
+    divisors = llama3_divisors(
+        64, 500000.0, factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position=8192
+    )
+    positions = torch.tensor([0, 1, 2, 63, 500])
+    cos, sin = build_rope_table(64, 501, 500000.0, torch.float32, divisors)
+    x = _random(5, 3, 64)
+
+    actual = apply_rope(x, cos[positions], sin[positions])
+
+    expected = apply_rope_reference(x, positions, 500000.0, divisors)
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
+    assert not torch.allclose(actual, apply_rope_reference(x, positions, 500000.0), atol=1e-2)
+
+
+def test_llama3_divisors_equal_transformers() -> None:
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(
+        head_dim=64, max_position_embeddings=131072, rope_parameters=rope | scaling
+    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+
+    divisors = llama3_divisors(64, 500000.0, original_max_position=8192, **scaling)
+
+    torch.testing.assert_close(
+        plain / torch.tensor(divisors, dtype=torch.float64), frequencies.double(), rtol=1e-5, atol=0
+    )
 
 
 def test_position_zero_changes_nothing() -> None:

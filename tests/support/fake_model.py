@@ -29,18 +29,29 @@ def continuation(prompt: Sequence[int], count: int, vocab_size: int) -> list[int
     return tokens[len(prompt) :]
 
 
+_GARBAGE = -1
+
+
 class FakeModel:
-    """Computes steps; `fail_on_call` makes that call raise."""
+    """Computes steps; `fail_on_call` makes that call raise.
+
+    While a token is in `spoils`, chunks with it leave garbage in the cache; whoever reads that
+    gets NaN for logits, now or later.
+    """
 
     def __init__(self, block_size: int, vocab_size: int = 50) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.calls = 0
         self.fail_on_call: int | None = None
+        self.spoils: set[int] = set()
         self._cache: dict[int, int] = {}
 
-    def next_tokens(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Write the chunks to the cache, then read each chunk's whole context back from it."""
+    def next_tokens(self, chunks: Sequence[Chunk]) -> list[int | None]:
+        """Write the chunks to the cache, then read each chunk's whole context back from it.
+
+        None stands for logits that are NaN.
+        """
         self.calls += 1
         if self.calls == self.fail_on_call:
             raise RuntimeError("the model is on fire")
@@ -50,12 +61,8 @@ class FakeModel:
                 slot = self._slot(chunk, chunk.start + offset)
                 assert slot not in written, "two chunks write to one slot"
                 written.add(slot)
-                self._cache[slot] = token_id
-        return [
-            next_token(self._context(chunk), self.vocab_size)
-            for chunk in chunks
-            if chunk.wants_logits
-        ]
+                self._cache[slot] = _GARBAGE if token_id in self.spoils else token_id
+        return [self._next_token(chunk) for chunk in chunks if chunk.wants_logits]
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Logits that make greedy sampling choose `next_tokens`."""
@@ -63,8 +70,15 @@ class FakeModel:
 
         rows = torch.zeros(sum(chunk.wants_logits for chunk in chunks), self.vocab_size)
         for row, token_id in enumerate(self.next_tokens(chunks)):
-            rows[row, token_id] = 100.0
+            if token_id is None:
+                rows[row] = float("nan")
+            else:
+                rows[row, token_id] = 100.0
         return rows
+
+    def _next_token(self, chunk: Chunk) -> int | None:
+        context = self._context(chunk)
+        return None if _GARBAGE in context else next_token(context, self.vocab_size)
 
     def _context(self, chunk: Chunk) -> list[int]:
         return [

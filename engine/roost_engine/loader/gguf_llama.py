@@ -5,7 +5,10 @@ for its adjacent-pair rotary; ours is Hugging Face's rotate-half, so the rows ar
 
     hf = gguf.reshape(heads, d/2, 2, hidden).swapaxes(1, 2)
 
-Only what the decoder implements is accepted: default rotary embedding, no biases, no experts.
+The scaled rotary embedding of Llama 3.1 comes as the tensor `rope_freqs.weight`: what each
+frequency is divided by.
+
+Only what the decoder implements is accepted: no other rotary scaling, no biases, no experts.
 Not here: the container (gguf.py), the tokenizer (gguf_tokenizer.py).
 """
 
@@ -23,7 +26,8 @@ from roost_engine.loader.errors import ModelFileError
 from roost_engine.loader.gguf import GgufFile
 from roost_engine.loader.gguf_metadata import GgufMetadata
 
-ARCHITECTURE: Final = "llama"
+_ARCHITECTURE: Final = "llama"
+_ROPE_DIVISORS: Final = "rope_freqs.weight"
 
 _GLOBAL_NAMES: Final = {
     "token_embd.weight": shapes.EMBEDDING,
@@ -47,15 +51,12 @@ def check_architecture(file: GgufFile) -> None:
     """Raise ModelFileError, by name, for a model that the decoder does not implement."""
     metadata = GgufMetadata(file)
     architecture = metadata.string("general.architecture")
-    if architecture != ARCHITECTURE:
-        problem = f"architecture {architecture!r} is not supported, only {ARCHITECTURE!r}"
+    if architecture != _ARCHITECTURE:
+        problem = f"architecture {architecture!r} is not supported, only {_ARCHITECTURE!r}"
         raise ModelFileError(file.path, problem)
     scaling = metadata.string("llama.rope.scaling.type", "none")
     if scaling != "none":
         raise ModelFileError(file.path, f"rope scaling {scaling!r} is not supported")
-    if "rope_freqs.weight" in file.tensors:
-        problem = "rope scaling (tensor 'rope_freqs.weight') is not supported"
-        raise ModelFileError(file.path, problem)
     if metadata.integer("llama.expert_count", 0):
         raise ModelFileError(file.path, "mixture of experts (llama.expert_count) is not supported")
 
@@ -74,7 +75,6 @@ def read_config(file: GgufFile, eos_token_ids: frozenset[int]) -> ModelConfig:
         raise ModelFileError(file.path, problem)
     embedding = file.tensors.get("token_embd.weight")
     config = ModelConfig(
-        architecture=ARCHITECTURE,
         vocab_size=embedding.shape[0] if embedding else 0,
         hidden_size=hidden_size,
         intermediate_size=metadata.integer("llama.feed_forward_length"),
@@ -83,6 +83,7 @@ def read_config(file: GgufFile, eos_token_ids: frozenset[int]) -> ModelConfig:
         num_kv_heads=metadata.integer("llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
         rope_theta=metadata.number("llama.rope.freq_base", 10000.0),
+        rope_divisors=_read_rope_divisors(file, head_dim),
         rms_norm_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
         max_position=metadata.integer("llama.context_length"),
         tie_embeddings="output.weight" not in file.tensors,
@@ -92,12 +93,26 @@ def read_config(file: GgufFile, eos_token_ids: frozenset[int]) -> ModelConfig:
     return config
 
 
+def _read_rope_divisors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
+    info = file.tensors.get(_ROPE_DIVISORS)
+    if info is None:
+        return ()
+    if info.shape != (head_dim // 2,):
+        problem = f"tensor {_ROPE_DIVISORS!r} has shape {info.shape}, not {(head_dim // 2,)}"
+        raise ModelFileError(file.path, problem)
+    divisors = file.read(_ROPE_DIVISORS)
+    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+        problem = f"tensor {_ROPE_DIVISORS!r} holds numbers that are not positive"
+        raise ModelFileError(file.path, problem)
+    return tuple(divisors.tolist())
+
+
 def read_weights(
     file: GgufFile, config: ModelConfig, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """All tensors in `dtype`, checked to be complete before the first is dequantised."""
-    hf_names = {name: _hf_name(file, name) for name in file.tensors}
-    stored = {hf_names[name]: info.shape for name, info in file.tensors.items()}
+    hf_names = {name: _hf_name(file, name) for name in file.tensors if name != _ROPE_DIVISORS}
+    stored = {hf_name: file.tensors[name].shape for name, hf_name in hf_names.items()}
     shapes.check_shapes(file.path, config, stored)
     return {
         hf_name: torch.from_numpy(_restore_rows(file.read(name), hf_name, config)).to(dtype)

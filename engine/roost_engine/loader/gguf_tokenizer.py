@@ -4,15 +4,18 @@
 text is cut before it; the cut is known by name only, so an unknown name is refused: a wrong cut
 gives a model that works a little worse and no error.
 
-smollm: each digit alone, then GPT-2's pattern. transformers' own GGUF tokenizer lacks the digit
-split, so it is no oracle for numbers.
+    smollm      each digit alone, then GPT-2's pattern. transformers' own GGUF tokenizer lacks the
+                digit split, so it is no oracle for numbers.
+    llama-bpe   Llama 3 (also spelt llama3, llama-v3): a pattern of its own, with digits in threes;
+                a piece that is a token as a whole is taken without merging; BOS unless the file
+                says otherwise. As llama.cpp (src/llama-vocab.cpp) has it.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders as hf_decoders
 
@@ -31,25 +34,25 @@ _SPECIAL_ROLES: Final = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
+_LLAMA3_NAMES: Final = frozenset({"llama-bpe", "llama3", "llama-v3"})
+_LLAMA3_PATTERN: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _EOS_KEYS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 
 
 def read_tokenizer(file: GgufFile) -> Tokenizer:
     """Build the tokenizer; ModelFileError names what is missing, damaged or unknown."""
     metadata = GgufMetadata(file)
-    _check_kind(file, metadata)
+    is_llama3 = _read_kind(file, metadata) in _LLAMA3_NAMES
     tokens = metadata.strings("tokenizer.ggml.tokens")
     specials = _special_tokens(file, metadata, tokens)
-    backend = HfTokenizer(_read_bpe(file, metadata, tokens))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    backend = HfTokenizer(_read_bpe(file, metadata, tokens, ignore_merges=is_llama3))
+    backend.pre_tokenizer = _llama3_cut() if is_llama3 else _smollm_cut()
     backend.decoder = hf_decoders.ByteLevel()
     _add_recognised_tokens(file, metadata, tokens, backend)
-    if metadata.boolean("tokenizer.ggml.add_bos_token", default=False):
+    if metadata.boolean("tokenizer.ggml.add_bos_token", default=is_llama3):
         _prepend_bos(file, specials, backend)
     eos_ids = [metadata.integer(key) for key in _EOS_KEYS if key in metadata]
     return Tokenizer(
@@ -60,17 +63,39 @@ def read_tokenizer(file: GgufFile) -> Tokenizer:
     )
 
 
-def _check_kind(file: GgufFile, metadata: GgufMetadata) -> None:
+def _read_kind(file: GgufFile, metadata: GgufMetadata) -> str:
+    """Name of the pre-tokenizer. ModelFileError unless algorithm and name are known."""
     model = metadata.string("tokenizer.ggml.model")
     if model != "gpt2":
         raise ModelFileError(file.path, f"tokenizer model {model!r} is not supported, only 'gpt2'")
     pre = metadata.string("tokenizer.ggml.pre")
-    if pre != "smollm":
-        problem = f"pre-tokenizer {pre!r} is not supported, only 'smollm'"
+    if pre != "smollm" and pre not in _LLAMA3_NAMES:
+        problem = f"pre-tokenizer {pre!r} is not supported, only 'smollm' and 'llama-bpe'"
         raise ModelFileError(file.path, f"{problem}; a Hugging Face folder carries its own")
+    return pre
 
 
-def _read_bpe(file: GgufFile, metadata: GgufMetadata, tokens: list[str]) -> models.BPE:
+def _smollm_cut() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _llama3_cut() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _read_bpe(
+    file: GgufFile, metadata: GgufMetadata, tokens: list[str], *, ignore_merges: bool
+) -> models.BPE:
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ModelFileError(file.path, "tokenizer.ggml.tokens holds a token twice")
@@ -80,7 +105,7 @@ def _read_bpe(file: GgufFile, metadata: GgufMetadata, tokens: list[str]) -> mode
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelFileError(file.path, f"merge {merge!r} is not made of known tokens")
         merges.append((left, right))
-    return models.BPE(vocab=vocab, merges=merges)
+    return models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
 
 
 def _add_recognised_tokens(

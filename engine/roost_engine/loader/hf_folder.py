@@ -8,15 +8,18 @@
     chat_template.jinja       chat template, or `chat_template` in tokenizer_config.json
 
 transformers 4 writes `rope_theta` beside `rope_scaling`, transformers 5 inside
-`rope_parameters`; both are read. A setting that changes the computation and that the decoder
-does not implement is refused by name, never ignored.
+`rope_parameters`; both are read. Of the scalings Llama 3.1's is implemented (`llama3`). A setting
+that changes the computation and that the decoder does not implement is refused by name, never
+ignored.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as HfTokenizer
@@ -26,10 +29,12 @@ from roost_engine.loader import shapes
 from roost_engine.loader.errors import ModelFileError
 from roost_engine.loader.json_object import JsonObject
 from roost_engine.tokenizer import Tokenizer, UnsupportedTokenizerError
+from roost_kernels.rope import llama3_divisors
 
 _ARCHITECTURE: Final = "LlamaForCausalLM"
 _SPECIAL_ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
 _DEFAULT_THETA: Final = 10000.0
+_ROPE_KEYS: Final = ("rope_parameters", "rope_scaling")  # transformers 5 and 4
 
 # Old checkpoints store the rotary frequencies, which follow from the config.
 _DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"
@@ -65,11 +70,12 @@ def _check_supported(config: JsonObject) -> None:
         config.fail(f"hidden_act {activation!r} is not supported, only 'silu'")
     if config.get("quantization_config", dict, {}):
         config.fail("quantization_config: quantised safetensors are not supported, GGUF is")
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in _ROPE_KEYS:
         rope = config.get(key, dict, {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            config.fail(f"{key}: rope type {kind!r} is not supported, only 'default'")
+        kind = _rope_type(rope)
+        if kind not in ("default", "llama3"):
+            problem = f"{key}: rope type {kind!r} is not supported, only 'default' and 'llama3'"
+            config.fail(problem)
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             config.fail(f"{key}: partial_rotary_factor is not supported")
 
@@ -79,25 +85,53 @@ def _read_config(config: JsonObject, eos_token_ids: frozenset[int]) -> ModelConf
     num_heads = config.get("num_attention_heads", int)
     if num_heads < 1:
         config.fail(f"num_attention_heads is {num_heads}")
+    head_dim = config.get("head_dim", int, hidden_size // num_heads)
     rope = JsonObject(config.path, config.get("rope_parameters", dict, {}))
-    theta = config.get("rope_theta", float, _DEFAULT_THETA)
+    theta = rope.get("rope_theta", float, config.get("rope_theta", float, _DEFAULT_THETA))
     model_config = ModelConfig(
-        architecture="llama",
         vocab_size=config.get("vocab_size", int),
         hidden_size=hidden_size,
         intermediate_size=config.get("intermediate_size", int),
         num_layers=config.get("num_hidden_layers", int),
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads", int, num_heads),
-        head_dim=config.get("head_dim", int, hidden_size // num_heads),
-        rope_theta=rope.get("rope_theta", float, theta),
+        head_dim=head_dim,
+        rope_theta=theta,
         rms_norm_eps=config.get("rms_norm_eps", float, 1e-6),
         max_position=config.get("max_position_embeddings", int, 2048),
         tie_embeddings=config.get("tie_word_embeddings", bool, False),
         eos_token_ids=eos_token_ids,
     )
     shapes.check_config(config.path, model_config)
-    return model_config
+    divisors = _read_rope_divisors(config, model_config)
+    return msgspec.structs.replace(model_config, rope_divisors=divisors)
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _read_rope_divisors(config: JsonObject, model: ModelConfig) -> tuple[float, ...]:
+    """What `rope_type: llama3` comes to; nothing for other models."""
+    for key in _ROPE_KEYS:
+        values = config.get(key, dict, {})
+        if _rope_type(values) != "llama3":
+            continue
+        rope = JsonObject(config.path, values)
+        factor = rope.get("factor", float)
+        low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+        original = rope.get("original_max_position_embeddings", int)
+        if not (factor > 0 and 0 < low < high < math.inf and original > 0):
+            config.fail(f"{key}: {values!r:.200} makes no sense")
+        return llama3_divisors(
+            model.head_dim,
+            model.rope_theta,
+            factor=factor,
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position=original,
+        )
+    return ()
 
 
 def _read_eos_ids(source: JsonObject) -> frozenset[int]:

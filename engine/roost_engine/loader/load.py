@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 import torch
 
+from roost_engine.chat import ChatTemplate, ChatTemplateError
 from roost_engine.config import ModelConfig
 from roost_engine.loader import gguf_llama, gguf_tokenizer, hf_folder
 from roost_engine.loader.errors import ModelFileError
@@ -35,6 +36,7 @@ class LoadedModel(msgspec.Struct, frozen=True):
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     tokenizer: Tokenizer
+    chat: ChatTemplate
 
 
 def load_model(source: str | Path, dtype: torch.dtype) -> LoadedModel:
@@ -46,7 +48,8 @@ def load_model(source: str | Path, dtype: torch.dtype) -> LoadedModel:
     path = _resolve(source)
     if path.is_dir():
         config, weights, tokenizer = hf_folder.read_folder(path, dtype)
-        return LoadedModel(path.resolve().name, config, weights, tokenizer)
+        name = path.resolve().name
+        return LoadedModel(name, config, weights, tokenizer, _compile_chat(path, tokenizer))
     if path.suffix == ".gguf" or path.is_file():
         return _load_gguf(path, dtype)
     known = ", ".join(sorted(_NICKNAMES))
@@ -58,12 +61,20 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
     file = GgufFile(path)
     gguf_llama.check_architecture(file)
     tokenizer = gguf_tokenizer.read_tokenizer(file)
+    chat = _compile_chat(path, tokenizer)
     config = gguf_llama.read_config(file, tokenizer.eos_token_ids)
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings"
         raise ModelFileError(path, problem)
     weights = gguf_llama.read_weights(file, config, dtype)
-    return LoadedModel(_QUANT_SUFFIX.sub("", path.stem), config, weights, tokenizer)
+    return LoadedModel(_QUANT_SUFFIX.sub("", path.stem), config, weights, tokenizer, chat)
+
+
+def _compile_chat(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    try:
+        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+    except ChatTemplateError as error:
+        raise ModelFileError(path, str(error)) from error
 
 
 def _resolve(source: str | Path) -> Path:

@@ -1,0 +1,79 @@
+"""Options of a replica that cannot work: told before seconds or memory are spent on them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from roost_engine import serve
+from roost_engine.chat import ChatTemplate
+from roost_engine.config import ModelConfig
+from roost_engine.loader import LoadedModel
+from roost_engine.serve import ServeConfig, ServeError, build_replica
+from roost_engine.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without weights, of 46,080 bytes of KV cache a token in float32."""
+    config = ModelConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        max_position=1000,
+        tie_embeddings=True,
+        eos_token_ids=frozenset({2}),
+    )
+    loaded = LoadedModel("tiny", config, {}, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
+    monkeypatch.setattr(serve, "load_model", lambda *_: loaded)
+
+
+def test_the_defaults_are_those_of_the_command_line() -> None:
+    config = ServeConfig(model="x")
+
+    assert (config.host, config.port) == ("127.0.0.1", 8101)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", "46080000.0"), ("bfloat16", "23040000.0")])
+def test_a_kv_cache_larger_than_the_machine_is_refused_before_it_is_allocated(
+    dtype: str, size: str
+) -> None:
+    config = ServeConfig(model="x", kv_tokens=10**12, dtype=dtype)  # type: ignore[arg-type]
+
+    with pytest.raises(ServeError, match=f"KV cache would take {size} GB .* lower kv_tokens"):
+        build_replica(config)
+
+
+def test_where_the_system_does_not_tell_its_memory_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError(name)
+
+    monkeypatch.setattr(os, "sysconf", unknown)
+
+    serve._check_memory(10**18, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_model_len": -1}, "max_model_len must be at least 1"),
+        ({"max_model_len": 1001}, "exceeds the model's 1000 tokens"),
+        ({"max_running": 0}, "max_running must be at least 1"),
+        ({"max_waiting": -1}, "max_waiting must not be negative"),
+        ({"kv_tokens": 999}, "cannot hold one request"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_the_operators_fault(
+    options: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(ServeError, match=problem):
+        build_replica(ServeConfig(model="x", **options))  # type: ignore[arg-type]
