@@ -21,7 +21,7 @@ _SNIPPET = """
     -d '{{"model": "{model}", "temperature": 0,
          "messages": [{{"role": "user", "content": "{question}"}}]}}'
 
-  from openai import OpenAI
+  from openai import OpenAI  # pip install openai
   client = OpenAI(base_url="{base}", api_key="unused")
   answer = client.chat.completions.create(
       model="{model}",
