@@ -1,4 +1,7 @@
-"""Prometheus metrics of a router: counters fed by finished requests, gauges read at scrape time.
+"""Prometheus metrics of a router: plain counts on the hot path, turned into series at scrape time.
+
+prometheus_client's own counters take a lock and several calls each, 25 µs for the seven that a
+request moves; a router runs in one thread and counts in dictionaries, for 3 µs.
 
 Labels come from configuration (replica names) and from what replicas serve (model ids), never
 from what a client sends, so that nobody can grow them without bound.
@@ -6,11 +9,19 @@ from what a client sends, so that nobody can grow them without bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar, cast
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -18,67 +29,42 @@ if TYPE_CHECKING:
     from roost_router.http.exchange import RequestRecord
     from roost_router.placement import Placer
 
-_Metric = TypeVar("_Metric", Counter, Histogram)
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
+_PREFIX = "roost_router_"
 
 
-class RouterMetrics:
+class _Histogram:
+    """Counts by bucket of one series."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_BUCKETS_S) + 1)  # the last is beyond all buckets
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(_BUCKETS_S, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: tuple[str, ...]) -> None:
+        names = [*(str(bound) for bound in _BUCKETS_S), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        family.add_metric(labels, buckets=buckets, sum_value=self._sum)
+
+
+class RouterMetrics(Collector):
     """All series of one router process, in a registry of its own."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        self._children: dict[tuple[Counter | Histogram, tuple[str, ...]], Counter | Histogram] = {}
-        ProcessCollector(registry=registry)
-        self._requests = Counter(
-            "roost_router_requests",
-            "Requests by how they ended.",
-            ("model", "replica", "outcome"),
-            registry=registry,
-        )
-        self._refused = Counter(
-            "roost_router_refused",
-            "Requests refused before a replica was chosen.",
-            ("status",),
-            registry=registry,
-        )
-        self._retries = Counter(
-            "roost_router_retries",
-            "Attempts on another replica before the first byte.",
-            ("reason",),
-            registry=registry,
-        )
-        self._ttft = Histogram(
-            "roost_router_ttft_seconds",
-            "Time to first byte of streams.",
-            ("replica",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._duration = Histogram(
-            "roost_router_request_seconds",
-            "Whole duration of requests.",
-            ("replica",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._prompt_tokens = Counter(
-            "roost_router_prompt_tokens",
-            "Prompt tokens of answered requests, as replicas counted them.",
-            ("replica",),
-            registry=registry,
-        )
-        self._cached_tokens = Counter(
-            "roost_router_cached_tokens",
-            "Prompt tokens that replicas took from their KV cache.",
-            ("replica",),
-            registry=registry,
-        )
-        self._matched_tokens = Counter(
-            "roost_router_matched_tokens",
-            "Prompt tokens that the router expected in the chosen replica's KV cache.",
-            ("replica",),
-            registry=registry,
-        )
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._requests: Counter[tuple[str, ...]] = Counter()  # model, replica, outcome
+        self._refused: Counter[tuple[str, ...]] = Counter()  # status
+        self._retries: Counter[tuple[str, ...]] = Counter()  # reason
+        self._prompt_tokens: Counter[tuple[str, ...]] = Counter()  # replica, as the next four
+        self._matched_tokens: Counter[tuple[str, ...]] = Counter()
+        self._cached_tokens: Counter[tuple[str, ...]] = Counter()
+        self._ttft: defaultdict[tuple[str, ...], _Histogram] = defaultdict(_Histogram)
+        self._duration: defaultdict[tuple[str, ...], _Histogram] = defaultdict(_Histogram)
+        self.registry.register(self)
 
     def watch(self, placer: Placer) -> None:
         """Export gauges of `placer`'s fleet and index."""
@@ -86,32 +72,63 @@ class RouterMetrics:
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""
+        replica = (record.replica or "none",)
         model = record.model if known_model else "unknown"
-        replica = record.replica or "none"
-        self._child(self._requests, model, replica, record.outcome.value).inc()
-        self._child(self._duration, replica).observe(record.duration_s)
+        self._requests[model, replica[0], record.outcome.value] += 1
+        self._duration[replica].observe(record.duration_s)
         if record.ttft_s is not None:
-            self._child(self._ttft, replica).observe(record.ttft_s)
+            self._ttft[replica].observe(record.ttft_s)
         if record.prompt_tokens is not None:
-            self._child(self._prompt_tokens, replica).inc(record.prompt_tokens)
-            self._child(self._matched_tokens, replica).inc(record.matched_tokens or 0)
-            self._child(self._cached_tokens, replica).inc(record.cached_tokens or 0)
-
-    def _child(self, parent: _Metric, *labels: str) -> _Metric:
-        """`parent.labels(*labels)`, remembered: it takes a lock and costs 2 µs each time."""
-        key = (parent, labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = parent.labels(*labels)
-        return cast("_Metric", child)
+            self._prompt_tokens[replica] += record.prompt_tokens
+            self._matched_tokens[replica] += record.matched_tokens or 0
+            self._cached_tokens[replica] += record.cached_tokens or 0
 
     def refused(self, status: int) -> None:
         """Count a request that was refused at the door."""
-        self._refused.labels(str(status)).inc()
+        self._refused[str(status),] += 1
 
     def retried(self, reason: str) -> None:
         """Count an attempt on another replica."""
-        self._retries.labels(reason).inc()
+        self._retries[reason,] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the current values; called by prometheus_client."""
+        by_replica = ("replica",)
+        yield _counter(
+            "requests",
+            "Requests by how they ended.",
+            ("model", "replica", "outcome"),
+            self._requests,
+        )
+        yield _counter(
+            "refused", "Refused before a replica was chosen.", ("status",), self._refused
+        )
+        yield _counter("retries", "Attempts on another replica.", ("reason",), self._retries)
+        yield _counter("prompt_tokens", "Of answered requests.", by_replica, self._prompt_tokens)
+        yield _counter(
+            "matched_tokens", "Prompt tokens expected in cache.", by_replica, self._matched_tokens
+        )
+        yield _counter(
+            "cached_tokens", "Prompt tokens taken from cache.", by_replica, self._cached_tokens
+        )
+        yield _histogram("ttft_seconds", "Time to first token of streams.", self._ttft)
+        yield _histogram("request_seconds", "Whole duration of requests.", self._duration)
+
+
+def _counter(
+    name: str, text: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], int]
+) -> Metric:
+    family = CounterMetricFamily(_PREFIX + name, text, labels=labels)
+    for values, count in counts.items():
+        family.add_metric(values, count)
+    return family
+
+
+def _histogram(name: str, text: str, series: dict[tuple[str, ...], _Histogram]) -> Metric:
+    family = HistogramMetricFamily(_PREFIX + name, text, labels=("replica",))
+    for labels, histogram in series.items():
+        histogram.add_to(family, labels)
+    return family
 
 
 class _FleetCollector(Collector):
@@ -132,16 +149,13 @@ class _FleetCollector(Collector):
                 "Text blocks believed resident.",
                 lambda r: index.num_blocks(r.holder),
             ),
-            "prefill_tokens_per_second": (
-                "Fitted prefill speed.",
-                fleet.prefill_tokens_per_s,
-            ),
+            "prefill_tokens_per_second": ("Fitted prefill speed.", fleet.prefill_tokens_per_s),
         }
         for name, (text, read) in gauges.items():
-            family = GaugeMetricFamily(f"roost_router_{name}", text, labels=("replica",))
+            family = GaugeMetricFamily(_PREFIX + name, text, labels=("replica",))
             for replica in fleet.replicas:
                 family.add_metric((replica.name,), read(replica))
             yield family
-        blocks = GaugeMetricFamily("roost_router_index_blocks", "Distinct blocks in the index.")
+        blocks = GaugeMetricFamily(_PREFIX + "index_blocks", "Distinct blocks in the index.")
         blocks.add_metric((), len(index))
         yield blocks

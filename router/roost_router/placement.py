@@ -112,7 +112,9 @@ class Placer:
         """
         replicas = self.fleet.candidates(fields.model, tried)
         for replica in replicas:
-            self._assume_prefilled(replica, now)
+            silent = self._silent[replica.name]
+            if silent and silent[0][0] <= now:
+                self._assume_prefilled(silent, now)
         chain = text_chain(fields.prompt)
         holders = 0
         for replica in replicas:
@@ -191,9 +193,8 @@ class Placer:
             replica.speed.observe_itl(itl_s, max(1, replica.num_decoding))
         replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
 
-    def _assume_prefilled(self, replica: Replica, now: float) -> None:
+    def _assume_prefilled(self, silent: deque[tuple[float, Placement]], now: float) -> None:
         """Count requests that are not streamed as decoding once their prefill must be over."""
-        silent = self._silent[replica.name]
         while silent and silent[0][0] <= now:
             placement = silent.popleft()[1]
             if not placement.is_finished:

@@ -212,12 +212,22 @@ class Downstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         """llhttp: the head is complete; judge the announced size before the body comes."""
         self._has_head = True
-        self._check_version_and_host()
+        version, num_hosts = self._parser.get_http_version(), 0
         for name, value in self._headers:
-            if name == b"content-length" and int(value) > self._service.max_body_bytes:
-                raise BodyTooLargeError(self._service.max_body_bytes)
-            if name == b"expect" and value.lower() == b"100-continue" and self._active is None:
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if name == b"host":
+                num_hosts += 1
+            elif name == b"content-length":
+                if int(value) > self._service.max_body_bytes:
+                    raise BodyTooLargeError(self._service.max_body_bytes)
+            elif name == b"expect":
+                if value.lower() == b"100-continue" and self._active is None:
+                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            elif name == b"transfer-encoding" and version == "1.0":
+                raise BadRequestError("HTTP/1.0 has no chunked bodies")
+        if num_hosts != 1 and (num_hosts or version == "1.1"):
+            raise BadRequestError("a request has exactly one Host header")
+        if version not in {"1.0", "1.1"}:
+            raise BadRequestError(f"HTTP/{version} is not spoken here; use HTTP/1.1")
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
@@ -305,17 +315,6 @@ class Downstream(asyncio.Protocol):
         self._is_closing = True
         if self._active is None and not self._waiting:
             self.refuse(error)
-
-    def _check_version_and_host(self) -> None:
-        """RFC 9112: HTTP/1.0 or 1.1, one Host in 1.1, no chunks in 1.0."""
-        version = self._parser.get_http_version()
-        names = [name for name, _ in self._headers]
-        if version not in {"1.0", "1.1"}:
-            raise BadRequestError(f"HTTP/{version} is not spoken here; use HTTP/1.1")
-        if names.count(b"host") > 1 or (version == "1.1" and b"host" not in names):
-            raise BadRequestError("a request has exactly one Host header")
-        if version == "1.0" and b"transfer-encoding" in names:
-            raise BadRequestError("HTTP/1.0 has no chunked bodies")
 
     def _bound_unread_head(self, num_bytes: int) -> None:
         """Bound a header line that does not end: llhttp tells of it only when it does."""

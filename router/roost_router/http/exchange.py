@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 import msgspec
 
 from roost_router.errors import NoReplicaError, RouterError, UpstreamError, error_body
+from roost_router.http import head
 from roost_router.http.head import (
     Headers,
     get_header,
@@ -38,7 +39,6 @@ from roost_router.http.head import (
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 from roost_router.sse import SseObserver, Usage, read_usage
-from roost_wire import headers as names
 
 if TYPE_CHECKING:
     from roost_router.http.downstream import Downstream, Request
@@ -180,8 +180,8 @@ class Exchange:
         assert self._placement is not None
         leg = self._leg
         leg.status, leg.headers = status, headers
-        self._learn(_int(headers, names.PROMPT_TOKENS), _int(headers, names.CACHED_TOKENS))
-        content_type = get_header(headers, "content-type") or b""
+        self._learn(_int(headers, head.PROMPT_TOKENS), _int(headers, head.CACHED_TOKENS))
+        content_type = get_header(headers, b"content-type") or b""
         if status == 200 and content_type.startswith(b"text/event-stream"):
             leg.sse = SseObserver()
             self._relay_head()
@@ -263,15 +263,15 @@ class Exchange:
         self._leg = _Leg()
         request, pool = self._request, self._service.pool(self._placement.replica)
         headers = to_replica(request.headers)
-        headers.append((names.REQUEST_ID.encode(), self._request_id))
-        head = request_head(
+        headers.append((head.REQUEST_ID, self._request_id))
+        request_bytes = request_head(
             method=request.method,
             target=pool.base_path + request.target,
             host=pool.host,
             headers=headers,
             body_bytes=len(request.body),
         )
-        upstream.send(self, [head, request.body])
+        upstream.send(self, [request_bytes, request.body])
 
     def _note_first_event(self) -> None:
         """The first token is there. The head says nothing: many servers send it at once."""
@@ -316,26 +316,26 @@ class Exchange:
             self._learn_usage(read_usage(body))
         elif self._leg.status >= 400:
             body = _openai_shaped(self._leg.status, body, self._leg.headers)
-        head = response_head(
+        start = response_head(
             self._leg.status,
             self._answer_headers(),
             framing=[b"content-length: %d" % len(body)],
             keep_alive=self._request.keep_alive,
         )
-        self._client.write(head + body)
+        self._client.write(start + body)
         self._finish()
 
     def _answer_headers(self) -> Headers:
         assert self._placement is not None
         placement, headers = self._placement, to_client(self._leg.headers)
         headers += [
-            (names.REQUEST_ID.encode(), self._request_id),
-            (names.REPLICA.encode(), placement.replica.name.encode()),
-            (names.MATCHED_TOKENS.encode(), b"%d" % placement.matched_tokens),
-            (names.ATTEMPTS.encode(), b"%d" % self._attempts),
+            (head.REQUEST_ID, self._request_id),
+            (head.REPLICA, placement.replica.name.encode()),
+            (head.MATCHED_TOKENS, b"%d" % placement.matched_tokens),
+            (head.ATTEMPTS, b"%d" % self._attempts),
         ]
         if self._leg.cached_tokens is not None:
-            headers.append((names.CACHED_TOKENS.encode(), b"%d" % self._leg.cached_tokens))
+            headers.append((head.CACHED_TOKENS, b"%d" % self._leg.cached_tokens))
         return headers
 
     def _learn_usage(self, usage: Usage | None) -> None:
@@ -408,7 +408,7 @@ def _outcome(status: int) -> Outcome:
     return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK
 
 
-def _int(headers: Headers, name: str) -> int | None:
+def _int(headers: Headers, name: bytes) -> int | None:
     """A token count that a replica states in a header, or None."""
     value = get_header(headers, name)
     return int(value) if value is not None and value.isdigit() and len(value) < 10 else None
@@ -416,7 +416,7 @@ def _int(headers: Headers, name: str) -> int | None:
 
 def _openai_shaped(status: int, body: bytes, headers: Headers) -> bytes:
     """`body` if it is a JSON error already, else its text in OpenAI's shape."""
-    if get_header(headers, "content-encoding") is not None:
+    if get_header(headers, b"content-encoding") is not None:
         return body  # compressed unasked: not ours to read
     try:
         decoded = msgspec.json.decode(body)

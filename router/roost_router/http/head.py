@@ -32,26 +32,22 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+REPLICA = names.REPLICA.encode()
+MATCHED_TOKENS = names.MATCHED_TOKENS.encode()
+CACHED_TOKENS = names.CACHED_TOKENS.encode()
+PROMPT_TOKENS = names.PROMPT_TOKENS.encode()
+ATTEMPTS = names.ATTEMPTS.encode()
+REQUEST_ID = names.REQUEST_ID.encode()
 #: Set by the router itself; a replica's or client's own value never passes as ours.
-_OURS = frozenset(
-    name.encode()
-    for name in (
-        names.REPLICA,
-        names.MATCHED_TOKENS,
-        names.CACHED_TOKENS,
-        names.PROMPT_TOKENS,
-        names.ATTEMPTS,
-        names.REQUEST_ID,
-    )
-)
+_OURS = frozenset({REPLICA, MATCHED_TOKENS, CACHED_TOKENS, PROMPT_TOKENS, ATTEMPTS, REQUEST_ID})
+_ENDS_HERE = _HOP_BY_HOP | _OURS
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-def get_header(headers: Headers, name: str) -> bytes | None:
+def get_header(headers: Headers, name: bytes) -> bytes | None:
     """First value of `name` (lower case), or None."""
-    wanted = name.encode()
     for key, value in headers:
-        if key == wanted:
+        if key == name:
             return value
     return None
 
@@ -66,16 +62,18 @@ def to_replica(headers: Headers) -> Headers:
 
     Accept-Encoding does not: the router reads what comes back, and token streams gain nothing.
     """
-    return [(key, value) for key, value in to_client(headers) if key != b"accept-encoding"]
+    return [pair for pair in to_client(headers) if pair[0] != b"accept-encoding"]
 
 
 def to_client(headers: Headers) -> Headers:
     """The headers that pass on: neither hop-by-hop, nor nominated, nor with an underscore."""
-    drop = _HOP_BY_HOP | _OURS
-    for key, value in headers:
-        if key == b"connection":
-            drop |= {token.strip().lower() for token in value.split(b",")}
-    return [(key, value) for key, value in headers if key not in drop and b"_" not in key]
+    drop = _ENDS_HERE
+    connection = get_header(headers, b"connection")
+    if connection is not None and connection.lower() not in {b"keep-alive", b"close"}:
+        for key, value in headers:
+            if key == b"connection":
+                drop |= {token.strip().lower() for token in value.split(b",")}
+    return [pair for pair in headers if pair[0] not in drop and b"_" not in pair[0]]
 
 
 def request_head(

@@ -29,12 +29,11 @@ from roost_router.errors import (
 from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Answering, Downstream, Request
 from roost_router.http.exchange import Exchange, RequestRecord
-from roost_router.http.head import get_header, response_head, valid_request_id
+from roost_router.http.head import REQUEST_ID, get_header, response_head, valid_request_id
 from roost_router.http.upstream import UpstreamPool
 from roost_router.metrics import RouterMetrics
 from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields
 from roost_router.placement import Placer
-from roost_wire import headers as names
 
 _MODELS_PATH = "/v1/models"
 _log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class DataService:
 
     def request_id(self, request: Request) -> bytes:
         """The client's request id if it is fit to be one, else a fresh one."""
-        given = get_header(request.headers, names.REQUEST_ID)
+        given = get_header(request.headers, REQUEST_ID)
         if given is not None and valid_request_id(given):
             return given
         return b"req-" + os.urandom(16).hex().encode()
@@ -136,7 +135,7 @@ class DataService:
         """Write a whole error answer."""
         headers = [
             (b"content-type", b"application/json"),
-            (names.REQUEST_ID.encode(), request_id),
+            (REQUEST_ID, request_id),
         ]
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % error.retry_after_s))
@@ -159,7 +158,7 @@ class DataService:
 
     def _exchange(self, client: Downstream, request: Request, path: str) -> Exchange:
         _require(request, path, b"POST")
-        encoding = get_header(request.headers, "content-encoding")
+        encoding = get_header(request.headers, b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
             raise EncodingError(encoding.decode("latin-1"))
         exchange = Exchange(self, client, request, read_routing_fields(path, request.body))
