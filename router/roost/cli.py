@@ -42,27 +42,20 @@ def main(verbose: bool) -> None:
 @click.option("--admin-port", type=_PORT, default=9000, help="Admin port: metrics, health.")
 @click.option(
     "--poll-interval",
+    "poll_interval_s",
     type=click.FloatRange(0.01),
     default=1.0,
     help="Seconds between looks at a replica.",
 )
 @click.option(
     "--drain",
+    "drain_s",
     type=click.FloatRange(0.0),
     default=10.0,
     help="Seconds that streams may finish after SIGTERM.",
 )
 @click.option("--lifeline-fd", type=int, hidden=True)
-def route(
-    replicas: tuple[str, ...],
-    host: str,
-    port: int,
-    admin_host: str,
-    admin_port: int,
-    poll_interval: float,
-    drain: float,
-    lifeline_fd: int | None,
-) -> None:
+def route(replicas: tuple[str, ...], **options: Any) -> None:
     """Route requests to OpenAI-compatible replicas.
 
     Example: roost route --replica http://127.0.0.1:8101 --replica http://127.0.0.1:8102
@@ -73,16 +66,7 @@ def route(
     from roost_router.config import ConfigError, RouterConfig
 
     try:
-        config = RouterConfig(
-            replicas=replicas,
-            host=host,
-            port=port,
-            admin_host=admin_host,
-            admin_port=admin_port,
-            poll_interval_s=poll_interval,
-            drain_s=drain,
-            lifeline_fd=lifeline_fd,
-        )
+        config = RouterConfig(replicas=replicas, **options)
         uvloop.run(run_router(config))
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
@@ -191,7 +175,13 @@ def proxy(rounds: int, seconds: float, connections: int) -> None:
 
 @main.command()
 @click.option("--model", default="smollm2", help="As in `roost serve`.")
-@click.option("--replicas", type=click.IntRange(1, 64), default=2, help="Engine processes.")
+@click.option(
+    "--replicas",
+    "num_replicas",
+    type=click.IntRange(1, 64),
+    default=2,
+    help="Engine processes.",
+)
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Data port.")
 @click.option("--admin-port", type=click.IntRange(1, 65535), default=9000, help="Admin port.")
@@ -202,32 +192,13 @@ def proxy(rounds: int, seconds: float, connections: int) -> None:
 @click.option("--demo/--no-demo", default=True, help="Show a request coming home.")
 @click.option("--stay/--no-stay", default=True, help="Keep serving until Ctrl-C.")
 @click.pass_context
-def up(
-    context: click.Context,
-    model: str,
-    replicas: int,
-    host: str,
-    port: int,
-    admin_port: int,
-    threads: int | None,
-    kv_tokens: int | None,
-    demo: bool,
-    stay: bool,
-) -> None:
+def up(context: click.Context, /, demo: bool, stay: bool, **options: Any) -> None:
     """Start a router and replicas on this machine, and show a request coming home."""
     from roost.cluster import ClusterConfig, ClusterError
     from roost.up import run_up
 
-    config = ClusterConfig(
-        model=model,
-        num_replicas=replicas,
-        host=host,
-        port=port,
-        admin_port=admin_port,
-        threads=threads,
-        kv_tokens=kv_tokens,
-        verbose=context.parent is not None and context.parent.params["verbose"],
-    )
+    verbose = context.parent is not None and context.parent.params["verbose"]
+    config = ClusterConfig(verbose=verbose, **options)
     try:
         asyncio.run(run_up(config, demo=demo, stay=stay))
     except ClusterError as error:

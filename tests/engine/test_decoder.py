@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shapes import SMOLLM2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from roost_engine.batch import Chunk
 from roost_engine.chat import ChatTemplate
-from roost_engine.config import CacheConfig, ModelConfig
+from roost_engine.config import CacheConfig
 from roost_engine.loader import LoadedModel
 from roost_engine.loader.hf_folder import _check_supported, _read_config, _read_weights
 from roost_engine.loader.json_object import JsonObject
@@ -234,20 +235,6 @@ def test_fusing_keeps_the_weights_in_memory_once(tmp_path: Path) -> None:
 
 
 def test_kv_bytes_per_token() -> None:
-    config = ModelConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        rope_theta=100000.0,
-        rms_norm_eps=1e-5,
-        max_position=8192,
-        tie_embeddings=True,
-        eos_token_ids=frozenset({2}),
-    )
 
-    assert kv_bytes_per_token(config, torch.float32) == 46080
-    assert kv_bytes_per_token(config, torch.bfloat16) == 23040
+    assert kv_bytes_per_token(SMOLLM2, torch.float32) == 46080
+    assert kv_bytes_per_token(SMOLLM2, torch.bfloat16) == 23040

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from shapes import SMOLLM2
 
 from roost_engine import serve
 from roost_engine.chat import ChatTemplate
-from roost_engine.config import ModelConfig
 from roost_engine.loader import LoadedModel
 from roost_engine.serve import ServeConfig, ServeError, build_replica
 from roost_engine.tokenizer import Tokenizer
@@ -16,22 +16,8 @@ from roost_engine.tokenizer import Tokenizer
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model without weights, of 46,080 bytes of KV cache a token in float32."""
-    config = ModelConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        rope_theta=100000.0,
-        rms_norm_eps=1e-5,
-        max_position=1000,
-        tie_embeddings=True,
-        eos_token_ids=frozenset({2}),
-    )
-    loaded = LoadedModel("tiny", config, {}, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
+    """A model of SmolLM2's shape, without weights."""
+    loaded = LoadedModel("tiny", SMOLLM2, {}, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
     monkeypatch.setattr(serve, "load_model", lambda *_: loaded)
 
 
@@ -66,7 +52,7 @@ def test_where_the_system_does_not_tell_its_memory_nothing_is_refused(
     ("options", "problem"),
     [
         ({"max_model_len": -1}, "max_model_len must be at least 1"),
-        ({"max_model_len": 1001}, "exceeds the model's 1000 tokens"),
+        ({"max_model_len": 8193}, "exceeds the model's 8192 tokens"),
         ({"max_running": 0}, "max_running must be at least 1"),
         ({"max_waiting": -1}, "max_waiting must not be negative"),
         ({"kv_tokens": 999}, "cannot hold one request"),
