@@ -29,6 +29,16 @@ def test_one_cold_prompt_is_enough_to_be_near():
     assert 250 < speed.prefill_tokens_per_s < 800
 
 
+@pytest.mark.parametrize("ttft_s", [0.001, 0.05, 3.0])
+def test_requests_of_one_small_size_tell_no_speed(ttft_s):
+    """Warm prompts: what they take is overhead, and must not make cold ones look free."""
+    speed = Speed()
+    for _ in range(100):
+        speed.observe_ttft(3, ttft_s)
+
+    assert 1_000 < speed.prefill_tokens_per_s < 3_000
+
+
 def test_a_change_of_speed_is_followed():
     speed = Speed()
     for tokens_per_s in (1_000.0, 4_000.0):

@@ -6,21 +6,25 @@ before it (those queued ahead included),
     ttft_s = overhead_s + work_tokens / prefill_tokens_per_s
 
 fitted by least squares with exponential forgetting (each observation weighs _KEEP times the
-next) and a weak prior, so that the fit is defined from the first observation on and follows a
-replica whose speed changes. Decode: `decode_s` is what one more running stream adds to a step,
-an average of inter-token latency / streams running.
+next), so that it follows a replica whose speed changes. Two weak priors keep it sound when there
+is little to see: an idle point (0 tokens, the usual overhead), so that one cold prompt tells a
+speed; and a pull of the slope towards a usual speed, so that many requests of one size, all
+warm for instance, tell nothing about it.
+
+Decode: `decode_s` is what one more running stream adds to a step, an average of inter-token
+latency / streams running.
 
 Rejected: a constant in tokens for a running stream (150 in the prototype). It is right for one
 machine only; seconds carry over to any.
 """
 
 _KEEP = 0.95
-_PRIOR_WEIGHT = 0.05
-_PRIOR_TOKENS = 1000.0
+_PRIOR_WEIGHT = 0.1  # of the idle point, in observations
 _PRIOR_OVERHEAD_S = 0.02
-_PRIOR_PREFILL_TOKENS_PER_S = 2000.0
+_PRIOR_S_PER_TOKEN = 1.0 / 2000.0
+_PRIOR_SPREAD = 100.0**2  # tokens squared: what the pull weighs against the spread of the work
 _PRIOR_DECODE_S = 0.005
-_MIN_S_PER_TOKEN = 1e-7  # 10 M tokens/s: beyond any hardware, keeps the slope positive
+_MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the slope positive
 
 _Sums = tuple[float, ...]
 
@@ -31,10 +35,7 @@ class Speed:
     def __init__(self) -> None:
         self.num_observed = 0
         self.decode_s = _PRIOR_DECODE_S
-        # Weighted sums of work x, ttft y: the prior is two points, one idle, one of 1,000 tokens.
-        slow = _PRIOR_OVERHEAD_S + _PRIOR_TOKENS / _PRIOR_PREFILL_TOKENS_PER_S
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
-        self._prior = _added(self._prior, _sums(_PRIOR_WEIGHT, _PRIOR_TOKENS, slow))
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         #: Slope of the fit, inverted; always positive and finite.
         self.prefill_tokens_per_s = self._slope_inverted()
@@ -52,11 +53,15 @@ class Speed:
 
     def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)
-        slope = (weight * xy - x * y) / (weight * xx - x * x)
+        spread = max(0.0, xx - x * x / weight)
+        slope = (xy - x * y / weight + _PRIOR_SPREAD * _PRIOR_S_PER_TOKEN) / (
+            spread + _PRIOR_SPREAD
+        )
         return 1.0 / max(slope, _MIN_S_PER_TOKEN)
 
 
 def _sums(weight: float, x: float, y: float) -> _Sums:
+    """Weighted sums of one point: 1, work x, ttft y, x², xy."""
     return (weight, weight * x, weight * y, weight * x * x, weight * x * y)
 
 
