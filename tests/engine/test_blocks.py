@@ -283,10 +283,13 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(entry=consumes(tables))
     def fail(self, entry: tuple[list[int], list[int]]) -> None:
-        """Afterwards nothing that this request touched can be hit."""
+        """Afterwards no block of this request can be hit.
+
+        Its tokens may be: another request computes them anew once the first blocks are forgotten.
+        """
         tokens, table = entry
         self.pool.forget(table)
-        assert self.pool.lookup(tokens, self.pool.chain(tokens)) == []
+        assert not set(table) & set(self.pool.lookup(tokens, self.pool.chain(tokens)))
         self.close(entry)
 
     @rule(entry=consumes(tables))

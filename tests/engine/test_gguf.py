@@ -359,7 +359,11 @@ def test_llama3_takes_whole_tokens_without_merging_and_begins_with_bos(
     assert tokenizer.decode(tokenizer.encode("Ünïcode  \n\n x's 🌍")) == "Ünïcode  \n\n x's 🌍"
 
 
-@given(st.text(max_size=60) | st.text("aB1 \n\r\t'sS.é", max_size=60))
+# Characters that Unicode assigned lately are letters to one implementation, unknown to the other.
+KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=60)
+
+
+@given(KNOWN_TEXT | st.text("aB1 \n\r\t'sS.é", max_size=60))
 def test_llama3_cuts_text_as_its_pattern_says(text: str) -> None:
     """Compared with another implementation of regular expressions."""
     pattern = regex.compile(
