@@ -153,7 +153,11 @@ class EngineCore:
     @property
     def is_healthy(self) -> bool:
         """Whether requests are accepted and computed."""
-        return self._failure is None and not self._is_draining and self._thread.is_alive()
+        try:
+            self.check_healthy()
+        except EngineError:
+            return False
+        return True
 
     @property
     def num_in_flight(self) -> int:

@@ -51,7 +51,7 @@ MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 
 _log = logging.getLogger(__name__)
 
-_VISIBLE_ASCII: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_GIVEN_REQUEST_ID: Final = re.compile(headers.REQUEST_ID_PATTERN)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
 _IS_HEAD_SENT: Final = web.RequestKey("is_head_sent", bool)
 _DEFECT: Final = "Internal error of the replica."
@@ -221,7 +221,7 @@ def _stream_headers(generation: Generation) -> dict[str, str]:
 async def _name_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Take over the client's request id if it is harmless, else give a fresh one."""
     given = request.headers.get(headers.REQUEST_ID, "")
-    request[_REQUEST_ID] = given if _VISIBLE_ASCII.fullmatch(given) else uuid.uuid4().hex
+    request[_REQUEST_ID] = given if _GIVEN_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     return await handler(request)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from roost_router.sse import Usage
 from roost_wire import headers as names
 
 
@@ -41,19 +42,9 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-
-
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
-    usage: _Usage | None = None
+    usage: Usage | None = None
     error: dict[str, Any] | None = None
 
 
@@ -83,7 +74,7 @@ async def stream_chat(
     started = time.monotonic()
     ttft_s: float | None = None
     pieces: list[str] = []
-    usage, finished, done = _Usage(), False, False
+    usage, finished, done = Usage(), False, False
     try:
         async with session.post(f"{base_url}/chat/completions", json=body) as answer:
             if answer.status != 200:
@@ -110,14 +101,13 @@ async def stream_chat(
     if not (finished and done):
         raise StreamError("the stream ended without a finish reason and [DONE]")
     e2e_s = time.monotonic() - started
-    details = usage.prompt_tokens_details
     matched = headers.get(names.MATCHED_TOKENS)
     return Measurement(
         replica=headers.get(names.REPLICA),
         ttft_s=ttft_s if ttft_s is not None else e2e_s,
         e2e_s=e2e_s,
         prompt_tokens=usage.prompt_tokens,
-        cached_tokens=(details.cached_tokens or 0) if details else 0,
+        cached_tokens=usage.cached_tokens or 0,
         completion_tokens=usage.completion_tokens,
         matched_tokens=int(matched) if matched else None,
         text="".join(pieces),

@@ -112,9 +112,7 @@ class Placer:
         """
         replicas = self.fleet.candidates(fields.model, tried)
         for replica in replicas:
-            silent = self._silent[replica.name]
-            if silent and silent[0][0] <= now:
-                self._assume_prefilled(silent, now)
+            self._assume_prefilled(self._silent[replica.name], now)
         chain = text_chain(fields.prompt)
         holders = 0
         for replica in replicas:

@@ -6,6 +6,8 @@ stream ends. The router adds REPLICA and MATCHED_TOKENS, and CACHED_TOKENS where
 """
 
 REQUEST_ID = "x-request-id"
+#: What a client's request id must match as a whole to be taken over: visible ASCII, bounded.
+REQUEST_ID_PATTERN = r"[\x21-\x7e]{1,128}"
 
 #: Which replica answers: the id that `roost route` gave it, e.g. "r0".
 REPLICA = "x-roost-replica"

@@ -6,13 +6,13 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 from processes import Cluster, make_client, metric, start_engine, start_router, until
 
+from roost_loadtest.bench_proxy import cpu_s
 from roost_loadtest.prompts import conversation
 
 
@@ -224,8 +224,3 @@ def test_idle_processes_sleep(cluster):
     after = [cpu_s(process.popen.pid) for process in (cluster.router, *cluster.engines)]
 
     assert all(b - a < 0.3 for a, b in zip(before, after, strict=True))
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / 100.0

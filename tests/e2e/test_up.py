@@ -11,7 +11,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-from processes import free_port, get, until
+from processes import get, until
+
+from roost_loadtest.bench_proxy import free_port
 
 
 def start_up(*options: str, port: int, admin_port: int) -> subprocess.Popen[str]:

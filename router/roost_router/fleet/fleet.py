@@ -35,9 +35,8 @@ class Fleet:
     def __init__(self, index: PrefixIndex, urls: Iterable[str]) -> None:
         self._index = index
         self._bytes_per_token: dict[str, float] = {}  # by model
-        self._capacity_blocks: dict[int, int] = {}
         self.replicas = [
-            Replica(f"r{number}", url, self._open_holder(_DEFAULT_BLOCKS))
+            Replica(f"r{number}", url, index.open_holder(_DEFAULT_BLOCKS))
             for number, url in enumerate(urls)
         ]
 
@@ -126,21 +125,14 @@ class Fleet:
             if model in replica.models:
                 self._resize(replica)
 
-    def _open_holder(self, blocks: int) -> int:
-        holder = self._index.open_holder(blocks)
-        self._capacity_blocks[holder] = blocks
-        return holder
-
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
-        del self._capacity_blocks[replica.holder]
-        replica.holder = self._open_holder(self._blocks(replica))
+        replica.holder = self._index.open_holder(self._blocks(replica))
 
     def _resize(self, replica: Replica) -> None:
         blocks = self._blocks(replica)
-        before = self._capacity_blocks[replica.holder]
+        before = self._index.capacity_blocks(replica.holder)
         if abs(blocks - before) > _RESIZE_SHARE * before:
-            self._capacity_blocks[replica.holder] = blocks
             self._index.set_capacity(replica.holder, blocks)
 
     def _blocks(self, replica: Replica) -> int:

@@ -16,15 +16,12 @@ import httptools
 import msgspec
 
 from roost_router.errors import BadRequestError, BodyTooLargeError, RouterError
-from roost_router.http.head import Headers, response_head
+from roost_router.http.head import MAX_HEAD_BYTES, READ_BYTES, Headers, response_head
 
-MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 128
 #: Requests that may wait behind the one being served; their bodies together may be as large as
 #: one body.
 _MAX_PIPELINED = 64
-#: The most that one read may bring (uvloop's buffer).
-_READ_BYTES = 256 * 1024
 
 
 class Request(msgspec.Struct):
@@ -319,7 +316,7 @@ class Downstream(asyncio.Protocol):
     def _bound_unread_head(self, num_bytes: int) -> None:
         """Bound a header line that does not end: llhttp tells of it only when it does."""
         self._unread_head_bytes += num_bytes
-        if self._unread_head_bytes > MAX_HEAD_BYTES + _READ_BYTES:
+        if self._unread_head_bytes > MAX_HEAD_BYTES + READ_BYTES:
             self._stop(HeadTooLargeError(f"the request head exceeds {MAX_HEAD_BYTES} bytes"))
 
     def _count_head(self, num_bytes: int) -> None:

@@ -14,6 +14,11 @@ from http import HTTPStatus
 
 from roost_wire import headers as names
 
+#: Longest head taken from either side: aiohttp's and nginx's limits are of this order.
+MAX_HEAD_BYTES = 64 * 1024
+#: The most that one read may bring (uvloop's buffer).
+READ_BYTES = 256 * 1024
+
 Headers = list[tuple[bytes, bytes]]  # names in lower case, in order of arrival
 
 _HOP_BY_HOP = frozenset(
@@ -41,7 +46,7 @@ REQUEST_ID = names.REQUEST_ID.encode()
 #: Set by the router itself; a replica's or client's own value never passes as ours.
 _OURS = frozenset({REPLICA, MATCHED_TOKENS, CACHED_TOKENS, PROMPT_TOKENS, ATTEMPTS, REQUEST_ID})
 _ENDS_HERE = _HOP_BY_HOP | _OURS
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(names.REQUEST_ID_PATTERN.encode())
 
 
 def get_header(headers: Headers, name: bytes) -> bytes | None:

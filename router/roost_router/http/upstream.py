@@ -18,13 +18,10 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from roost_router.http.head import Headers
+from roost_router.http.head import MAX_HEAD_BYTES, READ_BYTES, Headers
 
 #: Idle connections kept to a replica; more than any burst's tail, few enough to be cheap.
 _MAX_IDLE = 128
-MAX_HEAD_BYTES = 64 * 1024
-#: The most that one read may bring (uvloop's buffer).
-READ_BYTES = 256 * 1024
 
 
 class Listener(Protocol):
@@ -99,7 +96,6 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: connected."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "writelines")
         self._transport = transport  # type: ignore[assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -210,13 +206,12 @@ class UpstreamPool:
 
     def __init__(self, url: str, loop: asyncio.AbstractEventLoop, connect_timeout_s: float) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError(f"not an http(s) URL: {url}")
+        assert parts.hostname is not None  # RouterConfig has checked the URL
         self._loop = loop
         self._connect_timeout_s = connect_timeout_s
         self._address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self.host = parts.netloc.rpartition("@")[2].encode()
+        self.host = parts.netloc.encode()
         self.base_path = parts.path.rstrip("/").encode()
         self._idle: deque[Upstream] = deque()
 

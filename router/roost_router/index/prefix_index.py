@@ -69,6 +69,10 @@ class PrefixIndex:
         while len(lru) > capacity:
             self._drop(lru.popitem(last=False)[0], holder)
 
+    def capacity_blocks(self, holder: int) -> int:
+        """How many blocks `holder` is believed to keep."""
+        return self._capacity[holder]
+
     def num_blocks(self, holder: int) -> int:
         """Blocks that `holder` is believed to hold."""
         return len(self._lru[holder])
