@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape of a Llama-family decoder, as read from a GGUF header or an HF config.json."""
+    """Shape of a decoder, as read from a GGUF header or an HF config.json.
+
+    The defaults of the optional fields make a Llama; Qwen2, Qwen3 and Gemma 3 set some of them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -21,6 +26,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_position: int  # longest context the weights were trained for, in tokens
     tie_embeddings: bool  # the output head is the embedding matrix
     eos_token_ids: frozenset[int]
+    attention_bias: bool = False  # biases on q, k and v (Qwen2)
+    qk_norm: bool = False  # RMS norm of each head of q and k, before the rotation (Qwen3, Gemma 3)
+    post_norms: bool = False  # attention and MLP outputs are normed before they are added (Gemma)
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    embedding_scale: float = 1.0  # Gemma: sqrt(hidden_size)
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    sliding_window: int = 0  # positions a query of a sliding layer sees, its own included
+    sliding_layers: tuple[bool, ...] = ()  # which layers slide; (): none
+    sliding_rope_theta: float | None = None  # of sliding layers, never scaled; None: rope_theta
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
