@@ -1,0 +1,137 @@
+"""Which code computes a replica's steps: the native CPU kernels, or torch.
+
+    kernels   native   native_runner.py; compiled on this machine at the first start
+              torch    runner.py; where there is no compiler, and as the slow twin
+              auto     native if it can be had for this model on this machine, else torch
+
+Torch is imported only if it computes: a native replica starts in half the time without it.
+
+Not here: what either of them does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import msgspec
+
+from roost_engine.native_runner import NativeRunner, WeightFormat
+from roost_engine.sampling import sample_plain
+from roost_kernels import native_build
+from roost_kernels.cpu_sampling import sample_rows
+from roost_kernels.native_build import NativeUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from roost_engine.batch import BlockCopy
+    from roost_engine.config import CacheConfig, ModelConfig
+    from roost_engine.core import Runner
+    from roost_engine.loader import LoadedModel
+    from roost_engine.sampling import Draw
+
+KernelChoice: TypeAlias = Literal["auto", "native", "torch"]
+
+# Bytes of a weight in memory, scales included; "stored" is what the file takes.
+_WEIGHT_BYTES: dict[WeightFormat, float] = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "int8": 34 / 32,
+    "int4": 20 / 32,
+}
+
+
+class BackendError(Exception):
+    """The kernels asked for cannot compute this model here; the message names the cure."""
+
+
+class BackendOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How steps are computed."""
+
+    kernels: KernelChoice = "auto"
+    weights: WeightFormat = "stored"
+    num_threads: int | None = None  # None: one for each core this process may use
+    max_step_tokens: int = 512
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """What computes a step, what draws its tokens, and what moves its blocks."""
+
+    runner: Runner
+    draw: Draw
+    copy_blocks: Callable[[Sequence[BlockCopy]], None] | None
+    description: str  # for the operator
+
+
+def build_backend(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
+    """Load the weights into the kernels; a second, and some 20 s more at the very first time.
+
+    BackendError if `kernels` cannot be had. With `auto` the reason for torch goes to stderr.
+    """
+    if options.kernels == "torch":
+        return _build_torch(model, cache, options)
+    try:
+        return _build_native(model, cache, options)
+    except (NativeUnavailableError, ValueError) as error:
+        if options.kernels == "native":
+            raise BackendError(f"the native kernels cannot be used: {error}") from None
+        sys.stderr.write(f"roost engine: computing with torch, which is slower: {error}\n")
+    return _build_torch(model, cache, options)
+
+
+def kv_bytes_per_token(config: ModelConfig, weights: WeightFormat) -> int:
+    """Bytes of KV cache one token takes over all layers, keys and values."""
+    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return elements * (4 if weights == "float32" else 2)
+
+
+def weight_bytes(model: LoadedModel, weights: WeightFormat) -> int:
+    """Bytes that the weights take in memory, about."""
+    if weights == "stored":
+        return sum(tensor.num_bytes for tensor in model.weights.values())
+    num_weights = sum(prod(tensor.shape) for tensor in model.weights.values())
+    return int(num_weights * _WEIGHT_BYTES[weights])
+
+
+def num_usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _build_native(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
+    if not native_build.is_built():
+        native_build.find_compiler()
+        sys.stderr.write("roost engine: compiling the CPU kernels, once; this takes a minute\n")
+    runner = NativeRunner(
+        model,
+        cache,
+        weights=options.weights,
+        max_step_tokens=options.max_step_tokens,
+        num_threads=options.num_threads or num_usable_cores(),
+    )
+    copy_blocks = runner.copy_blocks if cache.num_host_blocks else None
+    return Backend(runner, sample_rows, copy_blocks, f"{runner.instruction_set} kernels")
+
+
+def _build_torch(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
+    import torch  # noqa: PLC0415 - only where it computes
+
+    from roost_engine.host_tier import HostTier  # noqa: PLC0415
+    from roost_engine.runner import ModelRunner  # noqa: PLC0415
+
+    if options.weights in ("int8", "int4"):
+        raise BackendError(f"weights {options.weights} need the native kernels, not torch")
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    dtype: Any = torch.bfloat16 if options.weights == "bfloat16" else torch.float32
+    runner = ModelRunner(model, cache, dtype)
+    copy_blocks = None
+    if cache.num_host_blocks:
+        tier = HostTier(runner.cache, cache.num_host_blocks, cache.block_size)
+        copy_blocks = tier.execute
+    return Backend(runner, sample_plain, copy_blocks, f"torch, {options.weights}")

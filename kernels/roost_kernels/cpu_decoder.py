@@ -1,0 +1,476 @@
+"""A decoder on the CPU: the native kernels behind numpy arrays.
+
+    stored rows --pack--> PackedMatrix (panels) --+
+    norms, biases, rotary tables -----------------+--> CpuDecoder --step--> logits
+
+The native side (native/decoder.h) computes a whole step in one call, which releases the GIL. It
+reads weights and tables where they lie, so this side keeps them alive, and checks everything that
+a kernel would take on trust: sizes, tokens, positions, blocks.
+
+Its slow twin is the engine's torch decoder; tests compare them.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from roost_kernels import native_build
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+_LANES: Final = 16  # columns of a panel; positions of a run of keys
+_GROUP: Final = 32  # weights that share a scale
+
+
+class Encoding(IntEnum):
+    """How a model file stores a row; native/weights.h."""
+
+    F32 = 0
+    F16 = 1
+    BF16 = 2
+    Q8_0 = 3
+    Q4_1 = 4
+
+
+class Format(IntEnum):
+    """How a kernel reads a matrix; native/weights.h."""
+
+    F32 = 0
+    BF16 = 1
+    INT8 = 2  # 32 weights share a scale
+    INT4 = 3  # 32 weights share a scale and a minimum
+
+
+#: Addresses of stored rows, (n,) uint64; 0 stands for a row of zeros.
+RowAddresses: TypeAlias = npt.NDArray[np.uint64]
+
+
+class _Matrix(c.Structure):
+    _fields_ = [
+        ("n", c.c_int32),
+        ("k", c.c_int32),
+        ("format", c.c_int32),
+        ("unused", c.c_int32),
+        ("data", c.c_void_p),
+    ]
+
+
+_CONFIG_SIZES: Final = (
+    *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("vocab_size", "num_blocks", "block_size", "num_positions", "max_tokens"),
+    *("kv_is_f32", "uses_gelu", "sliding_window"),
+)
+_CONFIG_NUMBERS: Final = ("rms_norm_eps", "embedding_scale", "attention_scale")
+
+
+class _Config(c.Structure):
+    _fields_ = [
+        *((name, c.c_int32) for name in _CONFIG_SIZES),
+        *((name, c.c_float) for name in _CONFIG_NUMBERS),
+        ("unused", c.c_int32),
+    ]
+
+
+_LAYER_MATRICES: Final = ("qkv", "o", "gate_up", "down")
+_LAYER_VECTORS: Final = (
+    *("attention_norm", "mlp_norm", "qkv_bias", "q_norm", "k_norm"),
+    *("post_attention_norm", "post_mlp_norm", "cos", "sin"),
+)
+
+
+class _Layer(c.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in _LAYER_MATRICES),
+        *((name, c.c_void_p) for name in _LAYER_VECTORS),
+        ("slides", c.c_int32),
+        ("unused", c.c_int32),
+    ]
+
+
+class _Model(c.Structure):
+    _fields_ = [
+        ("layers", c.POINTER(_Layer)),
+        ("head", _Matrix),
+        ("final_norm", c.c_void_p),
+        ("embedding", c.c_void_p),
+        ("embedding_row_bytes", c.c_int64),
+        ("embedding_encoding", c.c_int32),
+        ("unused", c.c_int32),
+    ]
+
+
+_CHUNK: Final = np.dtype(
+    {
+        "names": ["row", "start", "num_tokens", "wants_logits", "block_table"],
+        "formats": [np.int32, np.int32, np.int32, np.int32, np.uint64],
+    },
+    align=True,
+)
+
+
+def _library() -> Any:
+    """The shared library with the types of its functions."""
+    library = native_build.load()
+    if getattr(library, "is_typed", False):
+        return library
+    pointer, i32, i64 = c.c_void_p, c.c_int32, c.c_int64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "roost_instruction_set": (i32, []),
+        "roost_allocate": (pointer, [i64]),
+        "roost_address": (pointer, [pointer]),
+        "roost_free": (None, [pointer]),
+        "roost_packed_bytes": (i64, [i32, i32, i32]),
+        "roost_pack": (None, [pointer, i32, i32, i32, i32, pointer, i32]),
+        "roost_decode_rows": (None, [pointer, i32, i32, i32, pointer]),
+        "roost_multiply": (None, [pointer, pointer, i32, pointer, i32]),
+        "roost_decoder_new": (pointer, [pointer, pointer, i32]),
+        "roost_decoder_free": (None, [pointer]),
+        "roost_decoder_step": (None, [pointer, pointer, i32, pointer, i32, pointer, i32]),
+        "roost_decoder_copy_block": (None, [pointer, i32, pointer, i32]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.is_typed = True  # type: ignore[attr-defined]
+    return library
+
+
+def instruction_set() -> str:
+    """What the kernels were compiled for: avx512_bf16, avx512, avx2 or generic."""
+    return ("generic", "avx2", "avx512", "avx512_bf16")[_library().roost_instruction_set()]
+
+
+class _NativeBuffer:
+    """Zeroed memory in huge pages, freed with the object. MemoryError if there is none."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._library = _library()
+        self._handle = self._library.roost_allocate(num_bytes)
+        if not self._handle:
+            raise MemoryError(f"{num_bytes} bytes cannot be allocated")
+        self.num_bytes = num_bytes
+        self.address: int = self._library.roost_address(self._handle) or 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.roost_free(self._handle)
+
+
+class PackedMatrix:
+    """A weight matrix (n, k) in the order in which its kernel reads it.
+
+    `rows`: addresses of the n stored rows, each of k weights in `encoding`; they may come from
+    several tensors, which is how matrices are fused. The rows are not needed afterwards.
+
+    INT8 from Q8_0 and INT4 from Q4_1 keep the numbers of the file; from other encodings they
+    quantise (groups of 32 along k).
+    """
+
+    def __init__(
+        self,
+        rows: RowAddresses,
+        k: int,
+        encoding: Encoding,
+        format: Format,  # noqa: A002 - the field's word
+        num_threads: int = 1,
+    ) -> None:
+        unit = _GROUP if format in (Format.INT8, Format.INT4) else _LANES
+        if k % unit or (encoding in (Encoding.Q8_0, Encoding.Q4_1) and k % _GROUP):
+            raise ValueError(f"rows of {k} weights do not fit {encoding.name} to {format.name}")
+        library = _library()
+        self.n, self.k, self.format = len(rows), k, format
+        self._buffer = _NativeBuffer(library.roost_packed_bytes(self.n, k, format))
+        library.roost_pack(
+            rows.ctypes.data, self.n, k, encoding, format, self._buffer.address, num_threads
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory, padding included."""
+        return self._buffer.num_bytes
+
+    def multiply(self, x: Floats) -> Floats:
+        """x (rows, k) times the transposed matrix, (rows, n) float32; on one thread.
+
+        Activations are rounded to bfloat16 first unless the format is F32.
+        """
+        x = np.ascontiguousarray(x, np.float32)
+        if x.ndim != 2 or x.shape[1] != self.k:
+            raise ValueError(f"x has shape {x.shape}, expected (rows, {self.k})")
+        out = np.empty((x.shape[0], _padded(self.n)), np.float32)
+        _library().roost_multiply(
+            c.byref(self._struct()), x.ctypes.data, x.shape[0], out.ctypes.data, out.shape[1]
+        )
+        return out[:, : self.n]
+
+    def _struct(self) -> _Matrix:
+        return _Matrix(self.n, self.k, self.format, 0, self._buffer.address)
+
+
+def row_addresses(rows: Bytes) -> RowAddresses:
+    """Addresses of the rows of `rows` (n, row_bytes), which must outlive their use."""
+    if rows.ndim != 2 or rows.strides[1] != 1:
+        raise ValueError("rows must be a two-dimensional array of contiguous rows")
+    first = np.uint64(rows.ctypes.data)
+    return first + np.arange(rows.shape[0], dtype=np.uint64) * np.uint64(rows.strides[0])
+
+
+def rotary_tables(
+    head_dim: int, num_positions: int, theta: float, divisors: Sequence[float] = ()
+) -> tuple[Floats, Floats]:
+    """Cosines and sines, each (num_positions, head_dim / 2); formulas in rope.py.
+
+    In float32 throughout, as the models were trained.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1.0) / np.float32(theta) ** exponents
+    if divisors:
+        frequencies /= np.asarray(divisors, np.float32)
+    angles = np.outer(np.arange(num_positions, dtype=np.float32), frequencies)
+    return np.cos(angles), np.sin(angles)
+
+
+def decode_rows(rows: Bytes, k: int, encoding: Encoding) -> Floats:
+    """Stored rows (n, row_bytes) as float32 (n, k)."""
+    out = np.empty((rows.shape[0], k), np.float32)
+    addresses = row_addresses(rows)
+    _library().roost_decode_rows(addresses.ctypes.data, len(rows), k, encoding, out.ctypes.data)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """Sizes of a decoder and of its cache. Lengths in tokens.
+
+    hidden_size, intermediate_size, head_dim and block_size are multiples of 16.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    num_positions: int  # rows of the rotary tables
+    max_tokens: int  # of a step
+    kv_is_f32: bool  # else bfloat16
+    uses_gelu: bool  # else silu
+    sliding_window: int  # of layers that slide
+    rms_norm_eps: float
+    embedding_scale: float
+    attention_scale: float
+
+    def check(self) -> None:
+        """ValueError for sizes that the kernels do not have."""
+        for name in ("hidden_size", "intermediate_size", "head_dim", "block_size"):
+            size = getattr(self, name)
+            if size < _LANES or size % _LANES:
+                raise ValueError(f"{name} is {size}; the CPU kernels need a multiple of {_LANES}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads over {self.num_kv_heads} key/value heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderLayer:
+    """Weights of one layer. Vectors are float32, contiguous.
+
+    `qkv`: rows of q, k, v after one another. `gate_up`: 16 rows of gate, 16 of up, and so on.
+    """
+
+    qkv: PackedMatrix
+    o: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    attention_norm: Floats
+    mlp_norm: Floats
+    qkv_bias: Floats | None = None
+    q_norm: Floats | None = None
+    k_norm: Floats | None = None
+    post_attention_norm: Floats | None = None
+    post_mlp_norm: Floats | None = None
+    cos: Floats  # (num_positions, head_dim / 2)
+    sin: Floats
+    slides: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """All weights. The embedding stays as stored: only a few rows a step are read."""
+
+    layers: Sequence[DecoderLayer]
+    head: PackedMatrix
+    final_norm: Floats
+    embedding: Bytes  # (vocab_size, row_bytes)
+    embedding_encoding: Encoding
+
+
+class StepChunk(Protocol):
+    """Consecutive tokens of one request, from position `start` on; the engine's Chunk."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def start(self) -> int: ...  # noqa: D102
+    @property
+    def block_table(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def wants_logits(self) -> bool: ...  # noqa: D102
+
+
+class CpuDecoder:
+    """A model with its paged KV cache. One step at a time; not thread-safe."""
+
+    def __init__(self, shape: DecoderShape, weights: DecoderWeights, num_threads: int) -> None:
+        """MemoryError if the cache cannot be allocated, ValueError for sizes that do not fit."""
+        shape.check()
+        self.shape = shape
+        self._library = _library()
+        self._weights = weights  # read by the native side for as long as it lives
+        layers = (_Layer * shape.num_layers)(
+            *(_layer_struct(layer, shape) for layer in weights.layers)
+        )
+        model = _Model(
+            layers,
+            weights.head._struct(),  # noqa: SLF001
+            weights.final_norm.ctypes.data,
+            weights.embedding.ctypes.data,
+            weights.embedding.strides[0],
+            weights.embedding_encoding,
+        )
+        config = _Config(*(getattr(shape, name) for name in _CONFIG_SIZES + _CONFIG_NUMBERS))
+        self._handle = self._library.roost_decoder_new(c.byref(config), c.byref(model), num_threads)
+        if not self._handle:
+            raise MemoryError("the KV cache cannot be allocated")
+        self._logits_width = _padded(shape.vocab_size)
+        self._logits = np.empty((0, self._logits_width), np.float32)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.roost_decoder_free(self._handle)
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block over all layers, keys and values."""
+        shape = self.shape
+        elements = 2 * shape.num_layers * shape.block_size * shape.num_kv_heads * shape.head_dim
+        return elements * (4 if shape.kv_is_f32 else 2)
+
+    def step(self, chunks: Sequence[StepChunk]) -> Floats:
+        """Compute the chunks; logits (chunks that want them, vocab_size) in their order.
+
+        The array is valid until the next step. IndexError for a token, position or block that
+        does not exist.
+        """
+        counts = [len(chunk.token_ids) for chunk in chunks]
+        tokens = np.empty(sum(counts), np.int32)
+        tables = np.empty(sum(len(chunk.block_table) for chunk in chunks), np.int32)
+        rows = np.empty(len(chunks), _CHUNK)
+        row = entry = num_logits = 0
+        base = tables.ctypes.data
+        for index, chunk in enumerate(chunks):
+            num_tokens, table = counts[index], chunk.block_table
+            end = chunk.start + num_tokens
+            if end > self.shape.num_positions or end > len(table) * self.shape.block_size:
+                raise IndexError(f"position {end - 1} is beyond the rotary table or the blocks")
+            tokens[row : row + num_tokens] = chunk.token_ids
+            tables[entry : entry + len(table)] = table
+            rows[index] = (row, chunk.start, num_tokens, chunk.wants_logits, base + 4 * entry)
+            row += num_tokens
+            entry += len(table)
+            num_logits += chunk.wants_logits
+        self._check(tokens, tables)
+        if num_logits > len(self._logits):
+            self._logits = np.empty((num_logits, self._logits_width), np.float32)
+        self._library.roost_decoder_step(
+            self._handle,
+            tokens.ctypes.data,
+            len(tokens),
+            rows.ctypes.data,
+            len(rows),
+            self._logits.ctypes.data,
+            self._logits_width,
+        )
+        return self._logits[:num_logits, : self.shape.vocab_size]
+
+    def read_block(self, block: int) -> Bytes:
+        """A copy of one block's keys and values, (block_bytes,)."""
+        elements = np.empty(self.block_bytes, np.uint8)
+        self._copy(block, elements, into_cache=False)
+        return elements
+
+    def write_block(self, block: int, elements: Bytes) -> None:
+        """Put back what `read_block` gave, into this block or another."""
+        if elements.shape != (self.block_bytes,) or not elements.flags.c_contiguous:
+            raise ValueError(f"a block has {self.block_bytes} bytes, contiguous")
+        self._copy(block, elements, into_cache=True)
+
+    def _copy(self, block: int, elements: Bytes, *, into_cache: bool) -> None:
+        if not 0 <= block < self.shape.num_blocks:
+            raise IndexError(f"block {block} of {self.shape.num_blocks}")
+        self._library.roost_decoder_copy_block(
+            self._handle, block, elements.ctypes.data, into_cache
+        )
+
+    def _check(self, tokens: npt.NDArray[np.int32], tables: npt.NDArray[np.int32]) -> None:
+        if len(tokens) > self.shape.max_tokens:
+            raise IndexError(f"{len(tokens)} tokens in a step of at most {self.shape.max_tokens}")
+        for what, values, end in (
+            ("token", tokens, self.shape.vocab_size),
+            ("block", tables, self.shape.num_blocks),
+        ):
+            if values.size and (values.min() < 0 or values.max() >= end):
+                raise IndexError(f"{what} ids {values.min()} .. {values.max()} of {end}")
+
+
+def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    expected = {
+        "qkv": (q_size + 2 * kv_size, shape.hidden_size),
+        "o": (shape.hidden_size, q_size),
+        "gate_up": (2 * shape.intermediate_size, shape.hidden_size),
+        "down": (shape.hidden_size, shape.intermediate_size),
+    }
+    for name, size in expected.items():
+        matrix = getattr(layer, name)
+        if (matrix.n, matrix.k) != size:
+            raise ValueError(f"{name} is {(matrix.n, matrix.k)}, expected {size}")
+    table = (shape.num_positions, shape.head_dim // 2)
+    vectors: dict[str, tuple[int, ...]] = {
+        "attention_norm": (shape.hidden_size,),
+        "mlp_norm": (shape.hidden_size,),
+        "qkv_bias": (_padded(q_size + 2 * kv_size),),
+        "q_norm": (shape.head_dim,),
+        "k_norm": (shape.head_dim,),
+        "post_attention_norm": (shape.hidden_size,),
+        "post_mlp_norm": (shape.hidden_size,),
+        "cos": table,
+        "sin": table,
+    }
+    for name, wanted in vectors.items():
+        vector = getattr(layer, name)
+        if vector is None:
+            continue
+        if vector.shape != wanted or vector.dtype != np.float32 or not vector.flags.c_contiguous:
+            raise ValueError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {wanted}")
+    matrices = [getattr(layer, name)._struct() for name in _LAYER_MATRICES]  # noqa: SLF001
+    addresses = [_address(getattr(layer, name)) for name in _LAYER_VECTORS]
+    return _Layer(*matrices, *addresses, layer.slides)
+
+
+def _address(array: Floats | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _padded(size: int) -> int:
+    return -(-size // _LANES) * _LANES

@@ -1,0 +1,150 @@
+"""The native decoder against its torch twin and transformers: every architecture, every format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved
+
+from roost_engine.batch import BlockCopy, Chunk, Direction
+from roost_engine.config import CacheConfig
+from roost_engine.loader import LoadedModel, load_model
+from roost_engine.native_runner import NativeRunner, WeightFormat
+from roost_engine.runner import ModelRunner
+
+CACHE = CacheConfig(num_blocks=32, block_size=16, num_host_blocks=4)
+PROMPT = [(7 * i + i * i) % VOCAB for i in range(75)]
+# The kernels work in vectors of 16.
+_SIZES = {"head_dim": 32}
+
+
+def native(model: LoadedModel, weights: WeightFormat = "float32", threads: int = 2) -> NativeRunner:
+    return NativeRunner(model, CACHE, weights=weights, max_step_tokens=128, num_threads=threads)
+
+
+def chunk(start: int, end: int, blocks: list[int], *, wants_logits: bool = True) -> Chunk:
+    return Chunk(
+        token_ids=PROMPT[start:end], start=start, block_table=blocks, wants_logits=wants_logits
+    )
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    reference = hf_model(name, **_SIZES)
+    runner = native(load_saved(reference, tmp_path))
+    blocks = [3, 9, 1, 30, 12]
+
+    logits = [runner.forward([chunk(i, i + 1, blocks)])[0].copy() for i in range(len(PROMPT))]
+
+    with torch.inference_mode():
+        expected = reference(torch.tensor([PROMPT])).logits[0].numpy()
+    np.testing.assert_allclose(np.stack(logits), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_chunks_and_batches_change_no_bit(name: str, weights: WeightFormat, tmp_path: Path) -> None:
+    runner = native(load_saved(hf_model(name, **_SIZES), tmp_path), weights)
+    whole = runner.forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0].copy()
+
+    for size in (1, 7, 64):
+        for start in range(0, 75, size):
+            last = runner.forward([chunk(start, min(75, start + size), [9, 8, 7, 6, 5])])
+        assert np.array_equal(last[0], whole), size
+    batch = runner.forward(
+        [
+            chunk(0, 40, [10, 11, 12], wants_logits=False),
+            chunk(70, 75, [0, 1, 2, 3, 4]),
+            chunk(0, 3, [13]),
+            chunk(74, 75, [9, 8, 7, 6, 5]),
+        ]
+    )
+    assert len(batch) == 3
+    assert np.array_equal(batch[0], whole)
+    assert np.array_equal(batch[2], whole)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_lossy_formats_stay_close_to_float32(weights: WeightFormat, tmp_path: Path) -> None:
+    model = load_saved(hf_model("llama", **_SIZES, intermediate_size=128), tmp_path)
+    exact = native(model).forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0].copy()
+
+    close = native(model, weights).forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0]
+
+    assert np.corrcoef(exact, close)[0, 1] > 0.995
+
+
+def test_one_thread_computes_the_same_bits_as_three(tmp_path: Path) -> None:
+    model = load_saved(hf_model("qwen3", **_SIZES), tmp_path)
+    step = [chunk(0, 75, [0, 1, 2, 3, 4])]
+
+    one, three = native(model, threads=1).forward(step), native(model, threads=3).forward(step)
+
+    assert np.array_equal(one, three)
+
+
+def test_nan_left_in_a_block_does_not_reach_its_next_owner(tmp_path: Path) -> None:
+    model = hf_model("llama", **_SIZES)
+    clean = native(load_saved(model, tmp_path / "clean"))
+    expected = clean.forward([chunk(0, 20, [0, 1])])[0].copy()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[VOCAB - 1] = float("nan")
+    runner = native(load_saved(model, tmp_path / "poisoned"))
+
+    poison = Chunk(token_ids=[VOCAB - 1] * 32, start=0, block_table=[0, 1], wants_logits=True)
+    assert np.isnan(runner.forward([poison])).all()
+
+    # A tied head: the logit of the poisoned token itself stays NaN.
+    np.testing.assert_array_equal(runner.forward([chunk(0, 20, [0, 1])])[0][:-1], expected[:-1])
+
+
+def test_blocks_survive_a_stay_in_host_memory(tmp_path: Path) -> None:
+    runner = native(load_saved(hf_model("llama", **_SIZES), tmp_path), "bfloat16")
+    blocks = [0, 1, 2, 3, 4]
+    runner.forward([chunk(0, 74, blocks, wants_logits=False)])
+    expected = runner.forward([chunk(74, 75, blocks)])[0].copy()
+
+    runner.copy_blocks([BlockCopy(block, block, Direction.OUT) for block in range(4)])
+    runner.forward([Chunk(token_ids=[5] * 64, start=0, block_table=blocks[:4], wants_logits=False)])
+    runner.copy_blocks([BlockCopy(block + 10, block, Direction.IN) for block in range(4)])
+
+    restored = runner.forward([chunk(74, 75, [10, 11, 12, 13, 4])])[0]
+    assert np.array_equal(restored, expected)
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        (Chunk([VOCAB], 0, [0], True), "token"),
+        (Chunk([-1], 0, [0], True), "token"),
+        (Chunk([1], 0, [32], True), "block"),
+        (Chunk([1], 16, [0], True), "position 16"),
+        (Chunk([1], 200, [0] * 20, True), "position 200"),
+        (Chunk([1] * 129, 0, [0] * 9, True), "129 tokens"),
+    ],
+)
+def test_what_does_not_exist_is_refused_before_it_is_read(
+    step: Chunk, problem: str, tmp_path: Path
+) -> None:
+    runner = native(load_saved(hf_model("llama", **_SIZES), tmp_path))
+
+    with pytest.raises(IndexError, match=problem):
+        runner.forward([step])
+
+
+def test_the_real_model_agrees_with_its_torch_twin() -> None:
+    smollm2 = load_model("smollm2")
+    ids = smollm2.tokenizer.encode("The router sends each request home, to the replica that")
+    step = [Chunk(ids, 0, [0, 1], True)]
+    small = CacheConfig(num_blocks=8)
+    torch_logits = ModelRunner(smollm2, small, torch.float32).forward(step)[0].numpy()
+
+    exact = NativeRunner(
+        smollm2, small, weights="float32", max_step_tokens=64, num_threads=2
+    ).forward(step)[0]
+
+    np.testing.assert_allclose(exact, torch_logits, atol=2e-3)
+    assert exact.argmax() == torch_logits.argmax()
