@@ -1,18 +1,18 @@
 """Text to token ids and back, including text that appears while tokens are generated.
 
-A thin shell around the `tokenizers` library. All decoders here are byte-level BPE: every token
-stands for a fixed string of bytes and a text is the UTF-8 reading of their concatenation. This
-is what makes streaming simple: `Detokenizer` looks bytes up in a table and feeds an incremental
-UTF-8 decoder, O(1) a token, where re-decoding a window (as the general case needs) costs two
-library calls a token. Tokenizers with another decoder (SentencePiece style) are refused.
+A thin shell around the `tokenizers` library. Every token stands for a fixed string of bytes and a
+text is the UTF-8 reading of their concatenation (token_bytes.py). This is what makes streaming
+simple: `Detokenizer` looks bytes up in a table and feeds an incremental UTF-8 decoder, O(1) a
+token, where re-decoding a window (as the general case needs) costs two library calls a token.
+Tokenizers for which no such table exists are refused.
 
 Encoding goes through `encode_batch_fast`, although it is one text: unlike `encode` it leaves the
 interpreter to other threads (longest stall of the event loop over a text of 940 KB: 0.85 s
 against 0.01 s), and it skips offsets, which nobody asks for.
 
 Invariants: the pushes and the flush of a Detokenizer, joined, equal `Tokenizer.decode` of the
-same ids, for any ids. Special tokens are never shown. Encoding and decoding do not change the
-object, so threads may share it; a Detokenizer belongs to one request.
+same ids, for any ids. Special tokens are shown only where that is asked for. Encoding and
+decoding do not change the object, so threads may share it; a Detokenizer belongs to one request.
 
 Not here: reading files (loader/), chat templates (chat.py).
 """
@@ -26,21 +26,19 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models
+from tokenizers import models
+
+from roost_engine.token_bytes import build_token_bytes, byte_of_character
 
 # Pre-tokenizers that cut text and drop none of it; of Split that depends on its behaviour.
 _LOSSLESS: Final = frozenset({"ByteLevel", "Digits", "Punctuation"})
-
-
-class UnsupportedTokenizerError(ValueError):
-    """A tokenizer of a kind that cannot be streamed here; the loader says which file it is."""
 
 
 class Tokenizer:
     """Encodes and decodes for one model.
 
     `special_tokens` maps the roles a chat template may name (bos_token, eos_token, ...) to
-    their text. Raises UnsupportedTokenizerError for a decoder that is not byte-level.
+    their text. Raises UnsupportedTokenizerError for a decoder without a table of bytes.
 
     `backend` is taken over: truncation and padding, which a tokenizer.json may ask for, are
     turned off. They belong to training; here they would change a prompt without a word.
@@ -54,13 +52,10 @@ class Tokenizer:
         chat_template: str | None,
         special_tokens: Mapping[str, str],
     ) -> None:
-        if not isinstance(backend.decoder, decoders.ByteLevel):
-            kind = type(backend.decoder).__name__
-            raise UnsupportedTokenizerError(f"decoder {kind} is not supported, only ByteLevel")
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._token_bytes = _build_token_bytes(backend)
+        self._token_bytes = build_token_bytes(backend)
         self._dropped_bytes = _dropped_bytes(backend)
         self._longest_token_bytes = _longest_token_bytes(backend, self._token_bytes)
         self.eos_token_ids = eos_token_ids
@@ -99,8 +94,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens; unknown ids and broken UTF-8 do not raise."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
-        return text
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text: none for special tokens and unknown ids."""
@@ -108,38 +102,29 @@ class Tokenizer:
             return self._token_bytes[token_id]
         return b""
 
+    def spelled_bytes(self, token_id: int) -> bytes:
+        """Like `token_bytes`, but a special token has the bytes it is written as in a prompt."""
+        return self.token_bytes(token_id) or self.vocabulary_entry(token_id).encode()
+
+    def vocabulary_entry(self, token_id: int) -> str:
+        """A token as the vocabulary lists it ("Ġthe"), "" for an unknown id."""
+        return (self._backend.id_to_token(token_id) or "") if token_id >= 0 else ""
+
 
 class Detokenizer:
     """Text of a growing sequence of tokens, each character as soon as its last byte is there."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._bytes_of = tokenizer.token_bytes if skip_special_tokens else tokenizer.spelled_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is final now, "" while a character is incomplete."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return self._utf8.decode(self._bytes_of(token_id))
 
     def flush(self) -> str:
         """End of the sequence: the replacement character if one was left incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
-
-
-def _build_token_bytes(backend: HfTokenizer) -> list[bytes]:
-    """Bytes of each token id, b"" for special tokens and holes in the vocabulary."""
-    to_byte = _byte_of_character()
-    vocab = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocab.values(), default=-1) + 1)
-    special_ids = {
-        token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-    }
-    for token, token_id in vocab.items():
-        if token_id not in special_ids:
-            try:
-                table[token_id] = bytes([to_byte[character] for character in token])
-            except KeyError:  # an added token in plain text, as the library reads it too
-                table[token_id] = token.encode()
-    return table
 
 
 def _longest_token_bytes(backend: HfTokenizer, token_bytes: list[bytes]) -> int | None:
@@ -166,7 +151,7 @@ def _longest_token_bytes(backend: HfTokenizer, token_bytes: list[bytes]) -> int 
 def _dropped_bytes(backend: HfTokenizer) -> bytes:
     """Bytes without a token of their own, which BPE passes over: SmolLM2 lacks some controls."""
     vocab = backend.get_vocab(with_added_tokens=False)
-    return bytes(byte for character, byte in _byte_of_character().items() if character not in vocab)
+    return bytes(byte for character, byte in byte_of_character().items() if character not in vocab)
 
 
 def _is_lossless(pre_tokenizer: Any) -> bool:
@@ -179,11 +164,3 @@ def _is_lossless(pre_tokenizer: Any) -> bool:
         step["type"] in _LOSSLESS or (step["type"] == "Split" and step["behavior"] != "Removed")
         for step in steps
     )
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}

@@ -264,7 +264,7 @@ class DecoderShape:
     block_size: int
     num_positions: int  # rows of the rotary tables
     max_tokens: int  # of a step
-    kv_is_f32: bool  # else bfloat16
+    kv_is_f32: bool  # else half
     uses_gelu: bool  # else silu
     sliding_window: int  # of layers that slide
     rms_norm_eps: float

@@ -2,7 +2,10 @@
 
 For head h and the query at position p of a request, with g = num_heads / num_kv_heads:
 
-    out = sum over j ≤ p of softmax_j(q · K[slot_j, h // g] / sqrt(d)) · V[slot_j, h // g]
+    out = sum over j ≤ p of softmax_j(scale · q · K[slot_j, h // g]) · V[slot_j, h // g]
+
+with scale = 1 / sqrt(d) unless said. In a layer with a sliding window w only the last w
+positions count, the query's own included: p - w < j ≤ p.
 
 A step is a flat list of tokens; each request's share of it is a `Span`: consecutive rows of `q`
 and the slots of its whole context, the new tokens included (store_kv writes them first; layout
@@ -29,32 +32,45 @@ class Span:
 
     start: int  # first of its rows in q
     num_queries: int
-    slots: torch.Tensor  # (context_len,) int64, slots of positions 0 .. context_len - 1
-    mask: torch.Tensor | None  # (num_queries, context_len) bool, True = may look
+    slots: torch.Tensor  # (num_seen,) int64, slots of the positions any of its queries sees
+    mask: torch.Tensor | None  # (num_queries, num_seen) bool, True = may look
 
 
-def build_span(start: int, num_queries: int, slots: torch.Tensor) -> Span:
+def build_span(start: int, num_queries: int, slots: torch.Tensor, window: int = 0) -> Span:
     """The span of the last `num_queries` positions of the context `slots`.
 
-    Query i sits at position context_len - num_queries + i and sees all positions up to its own.
-    No mask is made where none is needed (one query) or the kernel has it built in (no context
-    before the chunk).
+    Query i sits at position context_len - num_queries + i and sees all positions up to its own,
+    or the last `window` of them where that is not 0. No mask is made where none is needed (one
+    query) or the kernel has it built in (no context before the chunk, no window that cuts).
     """
-    context_len = slots.shape[0]
+    if window:
+        slots = slots[max(0, slots.shape[0] - num_queries - window + 1) :]
+    num_seen = slots.shape[0]
+    diagonal = num_seen - num_queries
+    slides = 0 < window < num_queries + diagonal
     mask = None
-    if 1 < num_queries < context_len:
-        diagonal = context_len - num_queries
-        mask = torch.ones(num_queries, context_len, dtype=torch.bool).tril(diagonal)
+    if num_queries > 1 and (diagonal > 0 or slides):
+        mask = torch.ones(num_queries, num_seen, dtype=torch.bool).tril(diagonal)
+        if slides:
+            mask = mask.triu(diagonal - window + 1)
     return Span(start, num_queries, slots, mask)
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, spans: Sequence[Span]
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    spans: Sequence[Span],
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attention output for every row of `q`, same shape and dtype.
 
     `q`: (num_tokens, num_heads, head_dim), rotated. `k_cache`, `v_cache`: one layer's
     (num_slots, num_kv_heads, head_dim). `spans` cover all rows of `q`, each once.
+
+    A row depends on its span alone, but torch's kernels add in an order that depends on the
+    number of queries: the same position computed alone and in a chunk may differ in the last
+    bits. The native decoder has a fixed order.
     """
     out = torch.empty_like(q)
     for span in spans:
@@ -62,24 +78,30 @@ def paged_attention(
         k = k_cache.index_select(0, span.slots).transpose(0, 1).unsqueeze(0)
         v = v_cache.index_select(0, span.slots).transpose(0, 1).unsqueeze(0)
         if span.num_queries == 1:
-            out[rows] = _attend_one(q[rows], k, v)
+            out[rows] = _attend_one(q[rows], k, v, scale)
         else:
-            out[rows] = _attend_many(q[rows], k, v, span.mask)
+            out[rows] = _attend_many(q[rows], k, v, span.mask, scale)
     return out
 
 
-def _attend_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
     """One query: the heads that share a KV head are its rows, so K and V are read once.
 
     In bf16 this takes a quarter of the time of enable_gqa, in fp32 the same.
     """
     num_kv_heads, head_dim = k.shape[1], k.shape[3]
     grouped = q.reshape(1, num_kv_heads, -1, head_dim)
-    return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
+    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
 
 
 def _attend_many(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
 ) -> torch.Tensor:
     """Several queries: causal by `mask`, or from position 0 on where there is none."""
     out = F.scaled_dot_product_attention(
@@ -88,6 +110,7 @@ def _attend_many(
         v,
         attn_mask=mask,
         is_causal=mask is None,
+        scale=scale,
         enable_gqa=True,
     )
     return out.squeeze(0).transpose(0, 1)
@@ -102,6 +125,8 @@ def paged_attention_reference(
     starts: Sequence[int],
     lengths: Sequence[int],
     block_size: int,
+    scale: float | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """The formula, one request, query and head at a time, in fp32, straight from block tables.
 
@@ -110,17 +135,20 @@ def paged_attention_reference(
     """
     num_heads, head_dim = q.shape[1:]
     group = num_heads // k_cache.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
     out = torch.empty(q.shape, dtype=torch.float32)
     row = 0
     for table, start, length in zip(block_tables, starts, lengths, strict=True):
         for position in range(start, start + length):
+            first = max(0, position - window + 1) if window else 0
             slots = [
-                table[p // block_size] * block_size + p % block_size for p in range(position + 1)
+                table[p // block_size] * block_size + p % block_size
+                for p in range(first, position + 1)
             ]
             for head in range(num_heads):
                 k = k_cache[slots, head // group].float()
                 v = v_cache[slots, head // group].float()
-                weights = torch.softmax(k @ q[row, head].float() / head_dim**0.5, dim=0)
+                weights = torch.softmax(k @ q[row, head].float() * scale, dim=0)
                 out[row, head] = weights @ v
             row += 1
     return out.to(q.dtype)

@@ -8,14 +8,13 @@ Models trained further for long contexts divide some frequencies, the slow ones 
 
     angle[p, i] = p · theta^(-2i/d) / divisor[i]
 
-Source: Su et al., "RoFormer" (2021); for the divisors see `llama3_divisors`. llama.cpp pairs
+Source: Su et al., "RoFormer" (2021); for the divisors see rope_scaling.py. llama.cpp pairs
 neighbours (2i, 2i+1) instead; its weights must have their rows restored first (the engine's
 loader does).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,32 +39,6 @@ def build_rope_table(
         frequencies /= torch.tensor(divisors)
     angles = torch.outer(positions, frequencies)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def llama3_divisors(
-    head_dim: int,
-    theta: float,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position: int,
-) -> tuple[float, ...]:
-    """Divisors of Llama 3.1's scaling (`rope_type: llama3` in Hugging Face configs).
-
-        turns[i]   = original_max_position · theta^(-2i/d) / 2π    in the context trained first
-        blend      = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        divisor[i] = 1 / ((1 - blend) / factor + blend)            blend cut off to 0 .. 1
-
-    Fast frequencies stay, slow ones are divided by `factor`, with a smooth passage between.
-    """
-    divisors: list[float] = []
-    for i in range(head_dim // 2):
-        turns = original_max_position * theta ** (-2 * i / head_dim) / (2 * math.pi)
-        blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        blend = min(max(blend, 0.0), 1.0)
-        divisors.append(1 / ((1 - blend) / factor + blend))
-    return tuple(divisors)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

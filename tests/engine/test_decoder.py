@@ -1,4 +1,4 @@
-"""The decoder and runner against transformers' Llama on tiny random models."""
+"""The decoder and runner against transformers on tiny random models of each family."""
 
 from __future__ import annotations
 
@@ -7,74 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from shapes import SMOLLM2
-from transformers import LlamaConfig, LlamaForCausalLM
+from msgspec import structs
+from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved
+from transformers import PreTrainedModel
 
 from roost_engine.batch import Chunk
-from roost_engine.chat import ChatTemplate
 from roost_engine.config import CacheConfig
 from roost_engine.loader import LoadedModel
-from roost_engine.loader.hf_folder import _check_supported, _read_config, _read_weights
-from roost_engine.loader.json_object import JsonObject
-from roost_engine.runner import ModelRunner, kv_bytes_per_token
-from roost_engine.tokenizer import Tokenizer
+from roost_engine.runner import ModelRunner
 
-VOCAB = 97
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 
-# Of 8 frequencies 2 stay, 2 are in the passage and 4 are divided.
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SHAPES = [
-    pytest.param({"num_key_value_heads": 2, "tie_word_embeddings": True}, id="grouped, tied"),
-    pytest.param({"num_key_value_heads": 4, "tie_word_embeddings": False}, id="one to one, untied"),
-    pytest.param({"num_key_value_heads": 1, "head_dim": 24}, id="one kv head, wide heads"),
-    pytest.param({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, id="llama3 rotary"),
-]
 
-
-def _hf_model(changes: dict[str, object]) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    settings: dict[str, object] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 200,
-        "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"},
-        # Large enough that logits differ clearly, as in a trained model.
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
-
-
-def _load(hf: LlamaForCausalLM, folder: Path, dtype: torch.dtype) -> LoadedModel:
-    """Through the files, as a replica would; a tokenizer is not needed here."""
-    hf.save_pretrained(folder)
-    config_json = JsonObject.read(folder / "config.json")
-    _check_supported(config_json)
-    config = _read_config(config_json, frozenset())
-    weights = _read_weights(folder, config, dtype)
-    return LoadedModel("tiny", config, weights, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
-
-
-@pytest.fixture(params=SHAPES)
-def hf(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return _hf_model(request.param)
+@pytest.fixture(params=TINY_MODELS)
+def hf(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return hf_model(request.param)
 
 
 @pytest.fixture
-def runner(hf: LlamaForCausalLM, tmp_path: Path) -> ModelRunner:
-    model = _load(hf, tmp_path, torch.float32)
-    return ModelRunner(model, CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
+def runner(hf: PreTrainedModel, tmp_path: Path) -> ModelRunner:
+    return _runner(load_saved(hf, tmp_path), torch.float32)
+
+
+def _runner(model: LoadedModel, dtype: torch.dtype) -> ModelRunner:
+    cache = CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    return ModelRunner(model, cache, dtype)
 
 
 def _prompt(length: int, seed: int = 0) -> list[int]:
@@ -89,7 +47,7 @@ def _tables(*lengths: int) -> list[list[int]]:
     return [[free.pop() for _ in range(-(-length // BLOCK_SIZE))] for length in lengths]
 
 
-def _hf_logits(hf: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+def _hf_logits(hf: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         logits: torch.Tensor = hf(torch.tensor([token_ids])).logits[0]
     return logits
@@ -100,9 +58,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-def test_a_whole_prompt_gives_transformers_logits(
-    hf: LlamaForCausalLM, runner: ModelRunner
-) -> None:
+def test_a_whole_prompt_gives_transformers_logits(hf: PreTrainedModel, runner: ModelRunner) -> None:
     prompt = _prompt(41)
     [table] = _tables(41)
 
@@ -113,7 +69,7 @@ def test_a_whole_prompt_gives_transformers_logits(
 
 @pytest.mark.parametrize("chunk_size", [1, 7])
 def test_a_prompt_in_chunks_gives_transformers_logits(
-    hf: LlamaForCausalLM, runner: ModelRunner, chunk_size: int
+    hf: PreTrainedModel, runner: ModelRunner, chunk_size: int
 ) -> None:
     prompt = _prompt(41)
     [table] = _tables(41)
@@ -127,19 +83,40 @@ def test_a_prompt_in_chunks_gives_transformers_logits(
     _assert_close(torch.cat(rows), _hf_logits(hf, prompt)[ends])
 
 
-def test_llama3_scaling_makes_a_difference(tmp_path: Path) -> None:
-    """Or the comparisons above would show nothing."""
-    model = _load(_hf_model({"rope_parameters": LLAMA3}), tmp_path, torch.float32)
-    divisors = model.config.rope_divisors
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama3 rotary", {"rope_divisors": ()}),
+        ("linear rotary", {"rope_divisors": ()}),
+        ("mistral", {"sliding_layers": ()}),
+        ("mistral", {"sliding_window": 10}),
+        ("qwen2, sliding", {"sliding_layers": (True, True, True)}),
+        ("qwen3", {"qk_norm": False}),
+        ("qwen2", {"attention_bias": False}),
+        ("gemma3", {"sliding_window": 7}),
+        ("gemma3", {"sliding_layers": (True,) * 7}),
+        ("gemma3", {"sliding_rope_theta": None}),
+        ("gemma3", {"activation": "silu"}),
+        ("gemma3", {"embedding_scale": 1.0}),
+        ("gemma3", {"attention_scale": None}),
+    ],
+)
+def test_each_setting_makes_a_difference(
+    name: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    """Or the comparisons with transformers would show nothing."""
+    model = load_saved(hf_model(name), tmp_path)
+    changed = structs.replace(model, config=structs.replace(model.config, **change))
+    [table] = _tables(41)
+    chunk = Chunk(_prompt(41), 0, table, True)
 
-    assert len(divisors) == 8
-    assert divisors[0] == 1.0
-    assert any(1.0 < divisor < 8.0 for divisor in divisors)
-    assert divisors[-1] == 8.0
+    one, other = (_runner(each, torch.float32).forward([chunk]) for each in (model, changed))
+
+    assert (one - other).abs().max() > 1e-3
 
 
 def test_a_mixed_step_gives_each_request_its_own_logits(
-    hf: LlamaForCausalLM, runner: ModelRunner
+    hf: PreTrainedModel, runner: ModelRunner
 ) -> None:
     """A decode, a chunk with context that wants no logits, and a whole prompt, side by side."""
     prompts = [_prompt(18, 1), _prompt(30, 2), _prompt(9, 3)]
@@ -161,7 +138,7 @@ def test_a_mixed_step_gives_each_request_its_own_logits(
 
 
 def test_a_prefix_computed_by_another_request_is_reused(
-    hf: LlamaForCausalLM, runner: ModelRunner
+    hf: PreTrainedModel, runner: ModelRunner
 ) -> None:
     prompt = _prompt(24)
     first, second = _tables(24, 24)
@@ -175,7 +152,7 @@ def test_a_prefix_computed_by_another_request_is_reused(
 
 @pytest.mark.parametrize("reader_first", [True, False])
 def test_a_prefix_may_be_read_in_the_step_that_fills_it(
-    hf: LlamaForCausalLM, runner: ModelRunner, reader_first: bool
+    hf: PreTrainedModel, runner: ModelRunner, reader_first: bool
 ) -> None:
     prompt = _prompt(24)
     writer_table, own = _tables(16, 24)
@@ -186,6 +163,23 @@ def test_a_prefix_may_be_read_in_the_step_that_fills_it(
     actual = runner.forward([reader, writer] if reader_first else [writer, reader])
 
     _assert_close(actual, _hf_logits(hf, prompt)[-1:])
+
+
+def test_float32_rows_do_not_depend_on_their_neighbours(runner: ModelRunner) -> None:
+    """A decode alone and among others, each of its own length: the same bits."""
+    prompts = [_prompt(5 + idx, idx) for idx in range(6)]
+    tables = _tables(*map(len, prompts))
+    for prompt, table in zip(prompts, tables, strict=True):
+        runner.forward([Chunk(prompt[:-1], 0, table, False)])
+    decodes = [
+        Chunk(prompt[-1:], len(prompt) - 1, table, True)
+        for prompt, table in zip(prompts, tables, strict=True)
+    ]
+
+    alone = [runner.forward([decode]) for decode in decodes]
+
+    for count in range(1, 7):
+        assert torch.equal(torch.cat(alone[:count]), runner.forward(decodes[:count]))
 
 
 def test_no_logits_are_computed_where_none_are_wanted(runner: ModelRunner) -> None:
@@ -211,9 +205,9 @@ def test_what_the_model_or_the_cache_does_not_have_is_refused(runner: ModelRunne
 
 
 def test_bf16_stays_close_to_transformers_bf16(tmp_path: Path) -> None:
-    hf = _hf_model({"num_key_value_heads": 2, "initializer_range": 0.05})
-    model = _load(hf, tmp_path, torch.bfloat16)
-    runner = ModelRunner(model, CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
+    hf = hf_model("llama", initializer_range=0.05)
+    model = load_saved(hf, tmp_path)
+    runner = _runner(model, torch.bfloat16)
     prompt = _prompt(20)
     [table] = _tables(20)
 
@@ -221,20 +215,3 @@ def test_bf16_stays_close_to_transformers_bf16(tmp_path: Path) -> None:
 
     expected = _hf_logits(hf.to(torch.bfloat16), prompt)[-1:].float()
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.05)
-
-
-def test_fusing_keeps_the_weights_in_memory_once(tmp_path: Path) -> None:
-    model = _load(_hf_model({"num_key_value_heads": 2}), tmp_path, torch.float32)
-    before = {name: weight.clone() for name, weight in model.weights.items()}
-
-    ModelRunner(model, CacheConfig(num_blocks=1, block_size=BLOCK_SIZE))
-
-    q, k = (model.weights[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qk")
-    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-    assert all(torch.equal(weight, model.weights[name]) for name, weight in before.items())
-
-
-def test_kv_bytes_per_token() -> None:
-
-    assert kv_bytes_per_token(SMOLLM2, torch.float32) == 46080
-    assert kv_bytes_per_token(SMOLLM2, torch.bfloat16) == 23040

@@ -67,15 +67,20 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return load_model("smollm2", torch.float32)
+    return load_model("smollm2")
 
 
 @pytest.fixture(scope="module")
-def hf_model(model: LoadedModel) -> LlamaForCausalLM:
+def weights(model: LoadedModel) -> dict[str, torch.Tensor]:
+    return {name: weight.to_torch(torch.float32) for name, weight in model.weights.items()}
+
+
+@pytest.fixture(scope="module")
+def hf_model(model: LoadedModel, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
     """transformers' Llama on our weights, which test_weights_... shows to be its own."""
     with torch.device("meta"):
         hf = LlamaForCausalLM(_hf_config(model.config))
-    missing, unexpected = hf.load_state_dict(model.weights, strict=False, assign=True)
+    missing, unexpected = hf.load_state_dict(weights, strict=False, assign=True)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     hf.tie_weights()
     # Not a parameter: computed at construction, so it is still on the meta device.
@@ -103,7 +108,7 @@ def expected(hf_model: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[
 
 @pytest.fixture(scope="module")
 def runner(model: LoadedModel) -> ModelRunner:
-    return ModelRunner(model, CacheConfig(num_blocks=2048, block_size=BLOCK_SIZE))
+    return ModelRunner(model, CacheConfig(num_blocks=2048, block_size=BLOCK_SIZE), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +117,16 @@ def free_blocks() -> Iterator[int]:
     return iter(block * 1031 % 2048 for block in range(2048))
 
 
-def test_weights_are_bit_identical_to_transformers_own_gguf_loading(model: LoadedModel) -> None:
+def test_weights_are_bit_identical_to_transformers_own_gguf_loading(
+    model: LoadedModel, weights: dict[str, torch.Tensor]
+) -> None:
     with torch.device("meta"):
         empty = LlamaForCausalLM(_hf_config(model.config))
 
     loaded = load_gguf_checkpoint(_resolve("smollm2"), return_tensors=True, model_to_load=empty)
 
-    assert loaded["tensors"].keys() == model.weights.keys()
-    assert all(torch.equal(model.weights[name], loaded["tensors"][name]) for name in model.weights)
+    assert loaded["tensors"].keys() == weights.keys()
+    assert all(torch.equal(weights[name], loaded["tensors"][name]) for name in weights)
 
 
 def test_prompts_cover_short_and_long(prompts: list[list[int]]) -> None:

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from roost_engine.loader import load
 from roost_engine.loader.gguf import GgufFile
 from roost_engine.loader.gguf_tokenizer import read_tokenizer
-from roost_engine.tokenizer import Detokenizer, Tokenizer, UnsupportedTokenizerError
+from roost_engine.token_bytes import UnsupportedTokenizerError
+from roost_engine.tokenizer import Detokenizer, Tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -59,7 +60,7 @@ def _stream(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @given(st.lists(st.integers(0, SMALL.vocab_size + 5), max_size=60))
 def test_streaming_any_ids_equals_decoding_them(ids: list[int]) -> None:
-    assert SMALL.decode(ids) == _stream(SMALL, ids)
+    assert SMALL._backend.decode(ids) == SMALL.decode(ids) == _stream(SMALL, ids)
 
 
 @given(st.text(max_size=80))
@@ -180,11 +181,81 @@ def test_special_tokens_are_not_shown_but_added_text_is() -> None:
     assert "he→ größer" == SMALL.decode(ids) == _stream(SMALL, ids)
 
 
-def test_a_decoder_that_is_not_byte_level_is_refused_by_name() -> None:
-    backend = HfTokenizer(models.BPE())
-    backend.decoder = decoders.Metaspace()
+PIECES = ["<unk>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *"▁abhelo", "▁he", "ll"]
 
-    with pytest.raises(UnsupportedTokenizerError, match="decoder Metaspace is not supported"):
+
+def _sentence_piece(decoder: decoders.Decoder, *, prepends: bool) -> Tokenizer:
+    """As Gemma and Llama 2 spell their tokens: "▁" for a space, bytes where nothing else fits."""
+    vocab = {piece: idx for idx, piece in enumerate(PIECES)}
+    merges = [("▁", "h"), ("l", "l"), ("▁h", "e")]
+    vocab["▁h"] = len(PIECES)
+    backend = HfTokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    steps = [normalizers.Prepend("▁")] if prepends else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoder
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    return _tokenizer(backend)
+
+
+_GEMMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+_LLAMA2 = [*_GEMMA, decoders.Strip(content=" ", left=1, right=0)]
+_METASPACE = [decoders.ByteFallback(), decoders.Metaspace()]
+SPELLED = [
+    _sentence_piece(decoders.Sequence(_GEMMA), prepends=False),
+    _sentence_piece(decoders.Sequence(_LLAMA2), prepends=True),
+    _sentence_piece(decoders.Sequence(_METASPACE), prepends=True),
+]
+
+
+@pytest.mark.parametrize("tokenizer", SPELLED, ids=["gemma", "llama2", "metaspace"])
+@given(text=st.text(max_size=60) | st.text(" helo→é", max_size=60))
+def test_sentence_piece_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    """A space that the tokenizer puts in front stays: the text continues a prompt.
+
+    "▁" itself becomes a space, as it does in the library.
+    """
+    ids = tokenizer.encode(text)
+    added = " " if text and tokenizer is not SPELLED[0] else ""
+
+    assert added + text.replace("▁", " ") == tokenizer.decode(ids) == _stream(tokenizer, ids)
+
+
+@given(st.lists(st.sampled_from([0, 1, *range(258, len(PIECES) + 1)]), max_size=40))
+def test_whole_pieces_decode_as_the_library_decodes_them(ids: list[int]) -> None:
+    tokenizer = SPELLED[0]
+
+    assert tokenizer._backend.decode(ids) == tokenizer.decode(ids) == _stream(tokenizer, ids)
+
+
+def test_bytes_of_a_character_wait_for_the_last_one() -> None:
+    detokenizer = Detokenizer(SPELLED[0])
+
+    assert [detokenizer.push(token_id) for token_id in SPELLED[0].encode("€")] == ["", "", "€"]
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.WordPiece(),
+        decoders.Replace("_", " "),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+        decoders.Sequence([*_GEMMA, decoders.Replace("a", "b")]),
+        decoders.Sequence([*_GEMMA, decoders.Strip(content="x", left=1, right=0)]),
+        decoders.Sequence([*_GEMMA, decoders.Strip(content=" ", left=1, right=1)]),
+        None,
+    ],
+    ids=str,
+)
+def test_a_decoder_without_a_table_of_bytes_is_refused_by_name(
+    decoder: decoders.Decoder | None,
+) -> None:
+    backend = HfTokenizer(models.BPE())
+    if decoder is not None:
+        backend.decoder = decoder
+
+    with pytest.raises(UnsupportedTokenizerError, match=r"decoder .* is not supported"):
         Tokenizer(backend, eos_token_ids=frozenset(), chat_template=None, special_tokens={})
 
 

@@ -24,13 +24,14 @@ class Step:
     lengths: list[int]
     tables: list[list[int]]
     block_size: int
+    window: int = 0
 
     def spans(self) -> list[Span]:
         spans, row = [], 0
         for start, length, table in zip(self.starts, self.lengths, self.tables, strict=True):
             blocks = torch.tensor(table).unsqueeze(1) * self.block_size
             slots = (blocks + torch.arange(self.block_size)).flatten()[: start + length]
-            spans.append(build_span(row, length, slots))
+            spans.append(build_span(row, length, slots, self.window))
             row += length
         return spans
 
@@ -56,7 +57,11 @@ def _tensors(
 
 
 def _reference(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, step: Step
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    step: Step,
+    scale: float | None = None,
 ) -> torch.Tensor:
     return paged_attention_reference(
         q,
@@ -66,6 +71,8 @@ def _reference(
         starts=step.starts,
         lengths=step.lengths,
         block_size=step.block_size,
+        scale=scale,
+        window=step.window,
     )
 
 
@@ -91,6 +98,33 @@ def test_equals_the_reference(
 
     expected = _reference(q, k_cache, v_cache, step)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 6, 7, 8, 31, 32, 100])
+@pytest.mark.parametrize("num_heads", [4, 8])
+def test_a_sliding_window_and_a_scale_equal_the_reference(window: int, num_heads: int) -> None:
+    """Windows within a chunk, at its edge, reaching before it and beyond everything."""
+    step = _step([31, 0, 16, 0, 5], [1, 9, 3, 1, 7], 4)
+    step.window = window
+    q, k_cache, v_cache = _tensors(step, num_heads, 2, torch.float32)
+
+    actual = paged_attention(q, k_cache, v_cache, step.spans(), 0.3)
+
+    expected = _reference(q, k_cache, v_cache, step, 0.3)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_span_holds_only_what_its_window_reaches() -> None:
+    slots = torch.arange(20)
+
+    assert build_span(0, 1, slots, 8).slots.tolist() == list(range(12, 20))
+    assert build_span(0, 1, slots, 8).mask is None
+    assert build_span(0, 3, slots, 8).slots.tolist() == list(range(10, 20))
+    mask = build_span(0, 3, slots, 8).mask
+    assert mask is not None
+    assert mask.sum(dim=1).tolist() == [8, 8, 8]
+    assert build_span(0, 20, slots, 20).mask is None
+    assert build_span(0, 20, slots, 19).mask is not None
 
 
 def test_bf16_stays_close_to_the_reference() -> None:

@@ -5,12 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from roost_kernels.rope import (
-    apply_rope,
-    apply_rope_reference,
-    build_rope_table,
-    llama3_divisors,
-)
+from roost_kernels.rope import apply_rope, apply_rope_reference, build_rope_table
+from roost_kernels.rope_scaling import llama3_divisors
 
 
 def _random(*shape: int) -> torch.Tensor:

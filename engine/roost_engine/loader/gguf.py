@@ -1,4 +1,4 @@
-"""GGUF container: metadata, tensor directory and dequantised tensors of one file.
+"""GGUF container: metadata, tensor directory and stored tensors of one file.
 
     "GGUF" | version u32 | num_tensors u64 | num_metadata u64
     metadata   key string, type u32, value                        (string = length u64, UTF-8)
@@ -9,31 +9,32 @@ Everything is little-endian. `dims` run from the fastest axis, so a torch shape 
 reverse. Quantised blocks never cross a row.
 
 Why not gguf.GGUFReader: it makes several numpy arrays for each of the 98,000 tokenizer strings
-and takes 2.7 s for SmolLM2, this reader 0.07 s. The blocks themselves are decoded by
-`gguf.quants.dequantize`, which follows ggml bit for bit.
+and takes 2.7 s for SmolLM2, this reader 0.07 s.
+
+Tensors keep their encoding where stored.py has it. Any other that `gguf.quants` can decode
+(Q4_K, Q5_0, IQ4_XS, ...) becomes float32 in memory; it follows ggml bit for bit.
 
 Invariants: every length, count and offset of the file is checked against the file's size before
 it is used, so a damaged file ends in ModelFileError and memory is bounded by the file's size.
 
-Not here: what the metadata means for a model (gguf_llama.py) or for a tokenizer
+Not here: what the metadata means for a model (gguf_model.py) or for a tokenizer
 (gguf_tokenizer.py).
 """
 
 from __future__ import annotations
 
 import mmap
-from math import gcd, prod
+from math import prod
 from pathlib import Path
 from struct import Struct
 from typing import Final, NoReturn, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from roost_engine.loader.errors import ModelFileError
+from roost_engine.loader.stored import QUANT_TYPES, StoredTensor, dequantised, stored_floats
 
 Scalar: TypeAlias = str | int | float | bool
 Value: TypeAlias = Scalar | list[Scalar]
@@ -65,7 +66,8 @@ _MIN_METADATA_BYTES: Final = 8 + 4 + 1  # empty key, one-byte value
 _MIN_TENSOR_BYTES: Final = 8 + 4 + 4 + 8  # empty name, no dimensions
 _MAX_DIMS: Final = 4  # ggml's GGML_MAX_DIMS
 _MAX_ALIGNMENT: Final = 1 << 20
-_ROWS_PER_DEQUANT: Final = 8  # see GgufFile.read
+
+_ENCODINGS: Final = {quant_type: encoding for encoding, quant_type in QUANT_TYPES.items()}
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -99,28 +101,22 @@ class GgufFile:
         self.metadata = _read_metadata(cursor, num_metadata)
         self.tensors = _read_directory(cursor, num_tensors, self._alignment())
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
-        """The tensor `name` as float32, in memory of its own.
+    def read(self, name: str) -> StoredTensor:
+        """The tensor `name`: a view of the file, or float32 in memory for other encodings.
 
-        Raises ModelFileError for a quantisation that `gguf` cannot decode. About 4 ns a weight:
-        `dequantize` works through 16 rows at a time, so handing it 8 rows as one saves most of
-        its calls (0.69 to 0.53 s for SmolLM2) while its temporaries still fit in the cache;
-        64 rows as one take 1.1 s.
+        ModelFileError for a quantisation that `gguf` cannot decode.
         """
         info = self.tensors[name]
         raw = np.frombuffer(self._data, np.uint8, info.num_bytes, info.offset)
-        num_rows = prod(info.shape[:-1])
-        packed = raw.reshape(num_rows // gcd(num_rows, _ROWS_PER_DEQUANT), -1)
+        rows = raw.reshape(prod(info.shape[:-1]), -1)
+        encoding = _ENCODINGS.get(info.quant_type)
+        if encoding is not None:
+            return StoredTensor(encoding, info.shape, rows)
         try:
-            # A damaged scale may be infinite; numpy's warning about it would name no file.
-            with np.errstate(all="ignore"):
-                weights: npt.NDArray[np.float32] = dequantize(packed, info.quant_type)
+            return stored_floats(dequantised(rows, info.quant_type).reshape(info.shape))
         except NotImplementedError:
             problem = f"tensor {name!r}: {info.quant_type.name} weights are not supported"
             raise ModelFileError(self.path, problem) from None
-        # float32 comes back as a read-only view of the file, everything else as a new array.
-        owned = weights if weights.flags.writeable else weights.copy()
-        return owned.reshape(info.shape)
 
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", 32)

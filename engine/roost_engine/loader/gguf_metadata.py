@@ -41,6 +41,10 @@ class GgufMetadata:
         """An array of integers."""
         return self._get_list(key, int)
 
+    def numbers(self, key: str) -> list[float]:
+        """An array of floats."""
+        return self._get_list(key, float)
+
     def __contains__(self, key: str) -> bool:
         return key in self._values
 

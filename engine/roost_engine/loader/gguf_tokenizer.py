@@ -1,27 +1,30 @@
-"""Tokenizer from GGUF metadata: byte-level BPE of the `tokenizer.ggml.*` keys.
+"""Tokenizer from GGUF metadata: the `tokenizer.ggml.*` keys.
 
-`tokenizer.ggml.model` names the algorithm (gpt2 = byte-level BPE) and `tokenizer.ggml.pre` how
-text is cut before it; the cut is known by name only, so an unknown name is refused: a wrong cut
-gives a model that works a little worse and no error.
+`tokenizer.ggml.model` names the algorithm: gpt2 = byte-level BPE, llama = SentencePiece
+(gguf_spm.py). For the former `tokenizer.ggml.pre` names how text is cut before it; the cut is
+known by name only, so an unknown name is refused: a wrong cut gives a model that works a little
+worse and no error.
 
     smollm      each digit alone, then GPT-2's pattern. transformers' own GGUF tokenizer lacks the
                 digit split, so it is no oracle for numbers.
     llama-bpe   Llama 3 (also spelt llama3, llama-v3): a pattern of its own, with digits in threes;
                 a piece that is a token as a whole is taken without merging; BOS unless the file
                 says otherwise. As llama.cpp (src/llama-vocab.cpp) has it.
+    qwen2       Llama 3's pattern with each digit alone, after NFC, as in Qwen's tokenizer.json.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from tokenizers import AddedToken, Regex, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders as hf_decoders
 
 from roost_engine.loader.errors import ModelFileError
 from roost_engine.loader.gguf import GgufFile
 from roost_engine.loader.gguf_metadata import GgufMetadata
+from roost_engine.loader.gguf_spm import read_spm
 from roost_engine.tokenizer import Tokenizer
 
 # llama.cpp's token types that are recognised in text before BPE.
@@ -35,8 +38,8 @@ _SPECIAL_ROLES: Final = {
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
 _LLAMA3_NAMES: Final = frozenset({"llama-bpe", "llama3", "llama-v3"})
-_LLAMA3_PATTERN: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_WORDS: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _EOS_KEYS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
@@ -45,14 +48,19 @@ _EOS_KEYS: Final = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
 def read_tokenizer(file: GgufFile) -> Tokenizer:
     """Build the tokenizer; ModelFileError names what is missing, damaged or unknown."""
     metadata = GgufMetadata(file)
-    is_llama3 = _read_kind(file, metadata) in _LLAMA3_NAMES
+    model = metadata.string("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
+        problem = f"tokenizer model {model!r} is not supported, only 'gpt2' and 'llama'"
+        raise ModelFileError(file.path, problem)
     tokens = metadata.strings("tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        raise ModelFileError(file.path, "tokenizer.ggml.tokens holds a token twice")
     specials = _special_tokens(file, metadata, tokens)
-    backend = HfTokenizer(_read_bpe(file, metadata, tokens, ignore_merges=is_llama3))
-    backend.pre_tokenizer = _llama3_cut() if is_llama3 else _smollm_cut()
-    backend.decoder = hf_decoders.ByteLevel()
+    is_spm = model == "llama"
+    backend = read_spm(file, tokens) if is_spm else _read_byte_level(file, metadata, tokens)
     _add_recognised_tokens(file, metadata, tokens, backend)
-    if metadata.boolean("tokenizer.ggml.add_bos_token", default=is_llama3):
+    has_bos = is_spm or metadata.string("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    if metadata.boolean("tokenizer.ggml.add_bos_token", default=has_bos):
         _prepend_bos(file, specials, backend)
     eos_ids = [metadata.integer(key) for key in _EOS_KEYS if key in metadata]
     return Tokenizer(
@@ -63,16 +71,20 @@ def read_tokenizer(file: GgufFile) -> Tokenizer:
     )
 
 
-def _read_kind(file: GgufFile, metadata: GgufMetadata) -> str:
-    """Name of the pre-tokenizer. ModelFileError unless algorithm and name are known."""
-    model = metadata.string("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ModelFileError(file.path, f"tokenizer model {model!r} is not supported, only 'gpt2'")
+def _read_byte_level(file: GgufFile, metadata: GgufMetadata, tokens: list[str]) -> HfTokenizer:
     pre = metadata.string("tokenizer.ggml.pre")
-    if pre != "smollm" and pre not in _LLAMA3_NAMES:
-        problem = f"pre-tokenizer {pre!r} is not supported, only 'smollm' and 'llama-bpe'"
+    is_llama3 = pre in _LLAMA3_NAMES
+    if not is_llama3 and pre not in ("smollm", "qwen2"):
+        problem = f"pre-tokenizer {pre!r} is not supported, only 'smollm', 'llama-bpe' and 'qwen2'"
         raise ModelFileError(file.path, f"{problem}; a Hugging Face folder carries its own")
-    return pre
+    backend = HfTokenizer(_read_bpe(file, metadata, tokens, ignore_merges=is_llama3))
+    backend.decoder = hf_decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = _words_cut(digits="")
+    else:
+        backend.pre_tokenizer = _words_cut(digits="{1,3}") if is_llama3 else _smollm_cut()
+    return backend
 
 
 def _smollm_cut() -> pre_tokenizers.PreTokenizer:
@@ -84,10 +96,11 @@ def _smollm_cut() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _llama3_cut() -> pre_tokenizers.PreTokenizer:
+def _words_cut(digits: str) -> pre_tokenizers.PreTokenizer:
+    """Llama 3's pattern; `digits` says how many of them make a piece."""
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -97,8 +110,6 @@ def _read_bpe(
     file: GgufFile, metadata: GgufMetadata, tokens: list[str], *, ignore_merges: bool
 ) -> models.BPE:
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ModelFileError(file.path, "tokenizer.ggml.tokens holds a token twice")
     merges: list[tuple[str, str]] = []
     for merge in metadata.strings("tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")

@@ -7,131 +7,55 @@
     tokenizer_config.json     special tokens (optional)
     chat_template.jinja       chat template, or `chat_template` in tokenizer_config.json
 
-transformers 4 writes `rope_theta` beside `rope_scaling`, transformers 5 inside
-`rope_parameters`; both are read. Of the scalings Llama 3.1's is implemented (`llama3`). A setting
-that changes the computation and that the decoder does not implement is refused by name, never
-ignored.
+Gemma's norms are stored as their distance from 1; it is added here, so that a norm is the same
+thing in every model (GGUF files have it added already).
+
+Not here: what the settings of config.json mean (hf_config.py).
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as HfTokenizer
 
 from roost_engine.config import ModelConfig
 from roost_engine.loader import shapes
 from roost_engine.loader.errors import ModelFileError
+from roost_engine.loader.hf_config import GEMMA3, read_config
 from roost_engine.loader.json_object import JsonObject
-from roost_engine.tokenizer import Tokenizer, UnsupportedTokenizerError
-from roost_kernels.rope import llama3_divisors
+from roost_engine.loader.safetensors import read_safetensors
+from roost_engine.loader.stored import StoredTensor, stored_floats
+from roost_engine.token_bytes import UnsupportedTokenizerError
+from roost_engine.tokenizer import Tokenizer
 
-_ARCHITECTURE: Final = "LlamaForCausalLM"
 _SPECIAL_ROLES: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
-_DEFAULT_THETA: Final = 10000.0
-_ROPE_KEYS: Final = ("rope_parameters", "rope_scaling")  # transformers 5 and 4
 
 # Old checkpoints store the rotary frequencies, which follow from the config.
 _DERIVED_SUFFIX: Final = ".rotary_emb.inv_freq"
 
 
-def read_folder(
-    folder: Path, dtype: torch.dtype
-) -> tuple[ModelConfig, dict[str, torch.Tensor], Tokenizer]:
+def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor], Tokenizer]:
     """Read all parts; ModelFileError names the file that is missing, damaged or unsupported."""
-    config_json = JsonObject.read(folder / "config.json")
-    _check_supported(config_json)
-    generation_json = JsonObject.read(folder / "generation_config.json", required=False)
-    eos_token_ids = _read_eos_ids(generation_json) or _read_eos_ids(config_json)
-    config = _read_config(config_json, eos_token_ids)
-    tokenizer = _read_tokenizer(folder, eos_token_ids)
+    config, weights = read_checkpoint(folder)
+    tokenizer = _read_tokenizer(folder, config.eos_token_ids)
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings"
         raise ModelFileError(folder, problem)
-    return config, _read_weights(folder, config, dtype), tokenizer
+    return config, weights, tokenizer
 
 
-def _check_supported(config: JsonObject) -> None:
-    architectures = config.get("architectures", list, [])
-    model_type = config.get("model_type", str, "")
-    if model_type != "llama" or (architectures and _ARCHITECTURE not in architectures):
-        found = f"model_type {model_type!r}, architectures {architectures}"
-        config.fail(f"{found}: not supported, only 'llama' / {_ARCHITECTURE}")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key, bool, False):
-            config.fail(f"{key} is not supported")
-    activation = config.get("hidden_act", str, "silu")
-    if activation != "silu":
-        config.fail(f"hidden_act {activation!r} is not supported, only 'silu'")
-    if config.get("quantization_config", dict, {}):
-        config.fail("quantization_config: quantised safetensors are not supported, GGUF is")
-    for key in _ROPE_KEYS:
-        rope = config.get(key, dict, {})
-        kind = _rope_type(rope)
-        if kind not in ("default", "llama3"):
-            problem = f"{key}: rope type {kind!r} is not supported, only 'default' and 'llama3'"
-            config.fail(problem)
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            config.fail(f"{key}: partial_rotary_factor is not supported")
-
-
-def _read_config(config: JsonObject, eos_token_ids: frozenset[int]) -> ModelConfig:
-    hidden_size = config.get("hidden_size", int)
-    num_heads = config.get("num_attention_heads", int)
-    if num_heads < 1:
-        config.fail(f"num_attention_heads is {num_heads}")
-    head_dim = config.get("head_dim", int, hidden_size // num_heads)
-    rope = JsonObject(config.path, config.get("rope_parameters", dict, {}))
-    theta = rope.get("rope_theta", float, config.get("rope_theta", float, _DEFAULT_THETA))
-    model_config = ModelConfig(
-        vocab_size=config.get("vocab_size", int),
-        hidden_size=hidden_size,
-        intermediate_size=config.get("intermediate_size", int),
-        num_layers=config.get("num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads", int, num_heads),
-        head_dim=head_dim,
-        rope_theta=theta,
-        rms_norm_eps=config.get("rms_norm_eps", float, 1e-6),
-        max_position=config.get("max_position_embeddings", int, 2048),
-        tie_embeddings=config.get("tie_word_embeddings", bool, False),
-        eos_token_ids=eos_token_ids,
-    )
-    shapes.check_config(config.path, model_config)
-    divisors = _read_rope_divisors(config, model_config)
-    return msgspec.structs.replace(model_config, rope_divisors=divisors)
-
-
-def _rope_type(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _read_rope_divisors(config: JsonObject, model: ModelConfig) -> tuple[float, ...]:
-    """What `rope_type: llama3` comes to; nothing for other models."""
-    for key in _ROPE_KEYS:
-        values = config.get(key, dict, {})
-        if _rope_type(values) != "llama3":
-            continue
-        rope = JsonObject(config.path, values)
-        factor = rope.get("factor", float)
-        low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
-        original = rope.get("original_max_position_embeddings", int)
-        if not (factor > 0 and 0 < low < high < math.inf and original > 0):
-            config.fail(f"{key}: {values!r:.200} makes no sense")
-        return llama3_divisors(
-            model.head_dim,
-            model.rope_theta,
-            factor=factor,
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position=original,
-        )
-    return ()
+def read_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """Config and weights alone."""
+    config_json = JsonObject.read(folder / "config.json")
+    generation_json = JsonObject.read(folder / "generation_config.json", required=False)
+    eos_token_ids = _read_eos_ids(generation_json) or _read_eos_ids(config_json)
+    config = read_config(config_json, eos_token_ids)
+    weights = _read_weights(folder, config)
+    if config_json.get("model_type", str, "") == GEMMA3:
+        weights = {name: _add_one(name, weight) for name, weight in weights.items()}
+    return config, weights
 
 
 def _read_eos_ids(source: JsonObject) -> frozenset[int]:
@@ -143,14 +67,19 @@ def _read_eos_ids(source: JsonObject) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
+def _read_weights(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    weights: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        weights |= _read_safetensors(path, dtype)
+        weights |= read_safetensors(path, ignored_suffix=_DERIVED_SUFFIX)
     if config.tie_embeddings:
         weights.pop(shapes.HEAD, None)  # some checkpoints store the copy
-    shapes.check_shapes(folder, config, {name: tuple(w.shape) for name, w in weights.items()})
+    shapes.check_shapes(folder, config, {name: weight.shape for name, weight in weights.items()})
     return weights
+
+
+def _add_one(name: str, weight: StoredTensor) -> StoredTensor:
+    """A norm of Gemma as other models have it; other tensors pass through."""
+    return stored_floats(1.0 + weight.to_numpy()) if name.endswith("norm.weight") else weight
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -164,17 +93,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             index.fail(f"weight_map names {name!r}, which is not a file of this folder")
     return [folder / name for name in sorted(names)]
-
-
-def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ModelFileError(path, "missing (the weights of the model)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.endswith(_DERIVED_SUFFIX)]  # noqa: SIM118
-            return {name: file.get_tensor(name).to(dtype) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(path, f"not a readable safetensors file: {error}") from error
 
 
 def _read_tokenizer(folder: Path, eos_token_ids: frozenset[int]) -> Tokenizer:

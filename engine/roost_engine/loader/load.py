@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import torch
 
 from roost_engine.chat import ChatTemplate, ChatTemplateError
 from roost_engine.config import ModelConfig
-from roost_engine.loader import gguf_llama, gguf_tokenizer, hf_folder
+from roost_engine.loader import gguf_model, gguf_tokenizer, hf_folder
 from roost_engine.loader.errors import ModelFileError
 from roost_engine.loader.gguf import GgufFile
+from roost_engine.loader.stored import StoredTensor
 from roost_engine.tokenizer import Tokenizer
 
 # Nickname -> distribution that carries the model as a .gguf file.
@@ -30,43 +30,43 @@ _QUANT_SUFFIX: Final = re.compile(
 
 
 class LoadedModel(msgspec.Struct, frozen=True):
-    """A model in memory. `weights` has Hugging Face's tensor names, all of one dtype."""
+    """A model at hand. `weights` has Hugging Face's tensor names, in the encodings of the file."""
 
     name: str  # the served model id
     config: ModelConfig
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, StoredTensor]
     tokenizer: Tokenizer
     chat: ChatTemplate
 
 
-def load_model(source: str | Path, dtype: torch.dtype) -> LoadedModel:
-    """Load `source` with weights converted to `dtype`.
+def load_model(source: str | Path) -> LoadedModel:
+    """Open `source`; the weights stay as they are stored, mostly in the mapped file.
 
     Raises ModelFileError when it is missing, damaged or not implemented. SmolLM2-135M from
-    GGUF to float32 takes about a second, most of it dequantisation.
+    GGUF takes less than half a second, most of it the tokenizer.
     """
     path = _resolve(source)
     if path.is_dir():
-        config, weights, tokenizer = hf_folder.read_folder(path, dtype)
+        config, weights, tokenizer = hf_folder.read_folder(path)
         name = path.resolve().name
         return LoadedModel(name, config, weights, tokenizer, _compile_chat(path, tokenizer))
     if path.suffix == ".gguf" or path.is_file():
-        return _load_gguf(path, dtype)
+        return _load_gguf(path)
     known = ", ".join(sorted(_NICKNAMES))
     problem = f"no such file or folder, and not a known nickname ({known})"
     raise ModelFileError(source, problem)
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
+def _load_gguf(path: Path) -> LoadedModel:
     file = GgufFile(path)
-    gguf_llama.check_architecture(file)
+    gguf_model.check_architecture(file)
     tokenizer = gguf_tokenizer.read_tokenizer(file)
     chat = _compile_chat(path, tokenizer)
-    config = gguf_llama.read_config(file, tokenizer.eos_token_ids)
+    config = gguf_model.read_config(file, tokenizer.eos_token_ids)
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings"
         raise ModelFileError(path, problem)
-    weights = gguf_llama.read_weights(file, config, dtype)
+    weights = gguf_model.read_weights(file, config)
     return LoadedModel(_QUANT_SUFFIX.sub("", path.stem), config, weights, tokenizer, chat)
 
 
