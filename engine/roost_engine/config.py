@@ -42,11 +42,14 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     num_blocks: int
     block_size: int = 16  # tokens a block; smaller shares more of a prefix, hashes more
+    num_host_blocks: int = 0  # evicted blocks kept in host memory; 0: evicted is gone
 
     def __post_init__(self) -> None:
         """Refuse sizes that could never serve a request."""
         if self.block_size < 1 or self.num_blocks < 1:
             raise ValueError("block_size and num_blocks must be at least 1")
+        if self.num_host_blocks < 0:
+            raise ValueError("num_host_blocks must not be negative")
 
     @property
     def num_tokens(self) -> int:

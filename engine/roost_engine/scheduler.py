@@ -2,48 +2,58 @@
 
 There is no prefill phase and no decode phase. A step has a budget of tokens; a request has
 tokens whose KV is missing (one while it decodes, many while it prefills) and gets as many of
-them computed as the budget allows, the oldest requests first. `schedule` decides, the shell
-computes (core.py), `update` takes the sampled tokens in.
+them computed as the budget allows. `schedule` decides, the shell computes (core.py, or the twin
+in simulated.py), `update` takes the sampled tokens in.
 
     waiting --admit: prefix hit, blocks for all its tokens--> running --eos, max_tokens--> out
-       ^ front                                                   |
+       ^ its own place                                           |
        +---------------- preempt: give all blocks back ----------+
 
 Decisions worth knowing:
+    * Everything goes in order of *place*: priority, then arrival. The request in the last place is
+      the one that is preempted, so the first always gets on, and nobody starves within a priority.
     * A request gets blocks for all its known tokens when it is admitted, so a prefill, in
       however many chunks, never fails half way; only decodes ask for more.
-    * Admission leaves one free block for each running request, or the next decodes would preempt
-      what was just admitted. Reserving `max_tokens` instead (an exact peak) would serialise the
-      many clients that do not set it.
-    * No block for a decode: the most recently admitted request is preempted. Its blocks stay
-      cached as long as nobody needs them, so recomputing is often a prefix hit. A step that
-      preempted admits nothing.
-    * A waiting request whose prefix is just being computed by another one waits until that one
-      has filled it (in-batch sharing). Requests behind it may pass meanwhile; it waits at most
-      for the leaders' prefill, and once it can run it is first in line again.
+    * Admission looks ahead to the moment of most blocks in use (headroom.py). The first request
+      that does not fit ends the search: nobody smaller overtakes it.
+    * Blocks of a preempted request stay cached, or move to the host, as long as nobody needs
+      them, so recomputing is often a prefix hit. A step that preempted admits nothing.
+    * A waiting request whose prefix is just being computed waits until that is done (sharing.py).
     * Position-keyed sampling makes a preempted request continue with the same tokens.
 
+Cost: `schedule` and `update` together 0.21 to 0.27 ms for 256 decodes (`roost bench schedule`),
+which is why their loops are plain and a chunk refers to the block table instead of copying it.
+
 Invariants: a step never exceeds `max_step_tokens`, never holds more than `max_running`
-requests; `running` is in order of admission; each request that runs alone fits the pool (checked
-by `add`), so there is always progress.
+requests; `running` is in order of place; each request that runs alone fits the pool (checked by
+`add`; pins give way), so there is always progress.
+
+Drafts: a chunk of a decode would hold the last token and the drafts after it, ask for logits at
+each of them, and `update` would take the longest accepted run. Nothing else would change, since
+`num_computed` is only ever set to what was accepted.
 
 Not here: text, stop strings, clocks, threads, tensors.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from roost_engine.batch import Chunk
-from roost_engine.blocks import BlockPool
+from roost_engine.admission import ExpectedOutput
+from roost_engine.batch import BlockCopy, Chunk
+from roost_engine.headroom import Headroom
+from roost_engine.pins import Pins
 from roost_engine.request import FinishReason, Request, RequestState
+from roost_engine.sharing import PrefixSharing
+from roost_engine.waiting import Place, WaitingLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from roost_engine.blocks import BlockPool
     from roost_engine.config import SchedulerConfig
 
 
@@ -60,35 +70,21 @@ class PromptTooLong(Exception):  # noqa: N818 - the name the API speaks of
         self.limit_tokens = limit_tokens
 
 
-class Scheduled(msgspec.Struct, frozen=True):
-    """A request's chunk in a step."""
-
-    request: Request
-    chunk: Chunk
-
-
 class Step(msgspec.Struct, frozen=True):
-    """What is computed next; empty if there is nothing to do."""
+    """What is computed next; nothing is scheduled if there is nothing to do."""
 
-    scheduled: list[Scheduled]
-
-    @property
-    def chunks(self) -> list[Chunk]:
-        """The chunks in the order in which the runner computes them."""
-        return [entry.chunk for entry in self.scheduled]
-
-    @property
-    def sampling(self) -> list[Request]:
-        """The requests that get a token, in the order of the rows of logits."""
-        return [entry.request for entry in self.scheduled if entry.chunk.wants_logits]
+    scheduled: list[Request]
+    chunks: list[Chunk]  # one for each request, in the order in which the runner computes them
+    sampling: list[Request]  # those that get a token, in the order of the rows of logits
+    copies: list[BlockCopy]  # to be executed before the chunks, in this order
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
-        return sum(len(entry.chunk.token_ids) for entry in self.scheduled)
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
 
 
-class Output(msgspec.Struct, frozen=True):
+class Output(msgspec.Struct, frozen=True, gc=False):
     """One generated token; `finish_reason` is set on the last. No token: ERROR."""
 
     request: Request
@@ -100,40 +96,40 @@ class Counters(msgspec.Struct):
     """Totals since the start, for metrics; written by the scheduler only."""
 
     prefix_queries_tokens: int = 0  # prompt tokens of admitted requests
-    prefix_hits_tokens: int = 0  # of those, found in the cache
+    prefix_hits_tokens: int = 0  # of those, found in the cache, on the device or on the host
+    restored_tokens: int = 0  # copied back from the host at any admission
     prefill_tokens: int = 0  # prompt tokens computed, recomputation included
     generation_tokens: int = 0
     preemptions: int = 0
-
-
-class _Leader(msgspec.Struct, frozen=True):
-    """Whom a waiting request waits for, and until how many of its tokens are computed."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def is_filling(self) -> bool:
-        running = self.request.state is RequestState.RUNNING
-        return running and self.request.num_computed < self.num_tokens
+    expired: int = 0  # requests whose deadline passed while they waited
+    pins_broken: int = 0  # because a request could not have run beside them
 
 
 class Scheduler:
     """Continuous batching over one block pool. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, eos_token_ids: frozenset[int]
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        eos_token_ids: frozenset[int],
+        expected: ExpectedOutput | None = None,
     ) -> None:
         """`eos_token_ids` end a request unless it says `ignore_eos`."""
         self.config = config
         self.pool = pool
+        self.pins = Pins(pool)
         self.counters = Counters()
         self._eos_token_ids = eos_token_ids
-        self._waiting: deque[Request] = deque()
+        self._headroom = Headroom(
+            pool, config.max_step_tokens, expected if expected is not None else ExpectedOutput()
+        )
+        self._waiting = WaitingLine()
         self._running: list[Request] = []
         self._requests: dict[str, Request] = {}
-        self._chains: dict[str, list[int]] = {}  # hashes of each unfinished request's blocks
-        self._leaders: dict[str, _Leader] = {}  # of waiting requests that share a prefix
+        self._places: dict[str, Place] = {}
+        self._num_arrivals = 0
+        self._sharing = PrefixSharing(pool)
 
     @property
     def num_waiting(self) -> int:
@@ -144,6 +140,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests with blocks."""
         return len(self._running)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Requests with blocks, in order of place."""
+        return self._running
 
     @property
     def has_work(self) -> bool:
@@ -162,8 +163,9 @@ class Scheduler:
         self.check_fits(request.num_prompt_tokens, request.sampling.max_tokens)
         assert request.id not in self._requests, f"{request.id} was added twice"
         self._requests[request.id] = request
-        self._chains[request.id] = self.pool.chain(request.token_ids)
-        self._waiting.append(request)
+        self._num_arrivals += 1
+        self._places[request.id] = (request.priority, self._num_arrivals)
+        self._enqueue(request)
 
     def abort(self, request_id: str) -> Request | None:
         """End a request at any state and free its blocks; None if it is not here any more."""
@@ -172,32 +174,57 @@ class Scheduler:
             self._finish(request, FinishReason.ABORT)
         return request
 
+    def expire(self, now: float) -> list[Output]:
+        """End waiting requests whose deadline has passed with ABORT, and pins whose time has.
+
+        To be called before `schedule`; O(pins) if nothing is due.
+        """
+        self.pins.expire(now)
+        overdue = self._waiting.overdue(now)
+        for request in overdue:
+            self._finish(request, FinishReason.ABORT)
+        self.counters.expired += len(overdue)
+        return [Output(request, None, FinishReason.ABORT) for request in overdue]
+
     def schedule(self) -> Step:
         """Choose what the next step computes, and take the blocks for it.
 
         O(running + waiting requests looked at + blocks hit).
         """
-        budget = self.config.max_step_tokens
-        scheduled: list[Scheduled] = []
+        step = Step([], [], [], [])
+        scheduled, chunks = step.scheduled, step.chunks
+        num_preemptions, size = self.counters.preemptions, self.pool.block_size
 
         # 1. One token for every running request that decodes; they have clients watching.
-        preempted = self._make_room_for_decodes()
+        # Whoever is preempted is last in `_running`, so the loop neither misses nor repeats anyone.
+        prefilling: list[Request] = []
         for request in self._running:
-            if request.num_uncomputed == 1:
-                scheduled.append(_next_chunk(request, 1))
-                budget -= 1
+            token_ids, start = request.token_ids, request.num_computed
+            if start + 1 < len(token_ids):
+                prefilling.append(request)
+                continue
+            if start == len(request.block_table) * size and not self._try_grow(request):
+                continue
+            scheduled.append(request)
+            chunks.append(Chunk(token_ids[start:], start, request.block_table, True))
+        step.sampling.extend(scheduled)
+        budget = self.config.max_step_tokens - len(scheduled)
 
-        # 2. Prefills under way, the oldest first. Their blocks are theirs already.
-        for request in self._running:
-            if request.num_uncomputed > 1 and budget > 0:
-                scheduled.append(_next_chunk(request, budget))
-                budget -= len(scheduled[-1].chunk.token_ids)
+        # 2. Prefills under way, whose blocks are theirs already, and new requests, unless memory
+        # was short just now; in order of place.
+        under_way = list(prefilling)
+        may_admit = self.counters.preemptions == num_preemptions
+        self._headroom.note_step(has_preempted=not may_admit, running=self._running)
+        for request in under_way:
+            if may_admit:
+                budget = self._admit(step, budget, prefilling, self._places[request.id])
+            if budget > 0:
+                budget -= _add_prefill(step, request, budget)
+        if may_admit:
+            self._admit(step, budget, prefilling, None)
 
-        # 3. New requests in order of arrival, unless memory was short just now.
-        if not preempted:
-            scheduled += self._admit(budget)
-
-        return Step(scheduled)
+        step.copies.extend(self.pool.take_copies())
+        return step
 
     def update(self, step: Step, sampled: Sequence[int | None]) -> list[Output]:
         """Take in what a step computed: one sampled token for each of `step.sampling`.
@@ -207,18 +234,35 @@ class Scheduler:
         """
         tokens = iter(sampled)
         outputs: list[Output] = []
-        for entry in step.scheduled:
-            request, chunk = entry.request, entry.chunk
+        size, eos_token_ids = self.pool.block_size, self._eos_token_ids
+        is_running, num_failed = RequestState.RUNNING, 0
+        for request, chunk in zip(step.scheduled, step.chunks, strict=True):
             token_id = next(tokens) if chunk.wants_logits else None
-            if request.state is not RequestState.RUNNING:
+            if request.state is not is_running:
                 continue
-            self._count_prefill(request, chunk)
-            if chunk.wants_logits and token_id is None:
+            start = chunk.start
+            if start < request.num_prompt_tokens:
+                self._count_prefill(request, chunk)
+            if token_id is None and chunk.wants_logits:
                 outputs.append(self._fail(request))
+                num_failed += 1
                 continue
-            self._advance(request, chunk.start + len(chunk.token_ids))
-            if token_id is not None:
-                outputs.append(self._append(request, token_id))
+            request.num_computed = end = start + len(chunk.token_ids)
+            if start // size < end // size:
+                self._register(request, start // size, end // size)
+            if token_id is None:
+                continue
+            request.token_ids.append(token_id)
+            sampling = request.sampling
+            reason: FinishReason | None = None
+            if token_id in eos_token_ids and not sampling.ignore_eos:
+                reason = FinishReason.STOP
+            elif len(request.token_ids) - request.num_prompt_tokens >= sampling.max_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                self._finish(request, reason)
+            outputs.append(Output(request, token_id, reason))
+        self.counters.generation_tokens += len(outputs) - num_failed
         return outputs
 
     def __repr__(self) -> str:
@@ -226,10 +270,15 @@ class Scheduler:
 
     def check(self) -> None:
         """Verify the scheduler's and the pool's invariants; AssertionError if one is broken."""
-        self.pool.check([request.block_table for request in self._running])
+        tables = [request.block_table for request in self._running]
+        self.pool.check([*tables, *self.pins.block_tables])
+        assert self.pins.num_blocks <= self.pins.max_blocks
         assert len(self._running) <= self.config.max_running
         assert len(self._requests) == len(self._running) + len(self._waiting)
-        assert self._chains.keys() == self._requests.keys()
+        assert self._places.keys() == self._requests.keys()
+        for line in (list(self._waiting), self._running):
+            places = [self._places[request.id] for request in line]
+            assert places == sorted(places), "a line is out of order"
         for request in self._waiting:
             assert request.state is RequestState.WAITING, request
             assert not request.block_table, request
@@ -241,135 +290,104 @@ class Scheduler:
 
     # -- running requests ---------------------------------------------------------------
 
-    def _make_room_for_decodes(self) -> bool:
-        """Give every decode the block it writes to; preempt the newest where there is none."""
-        preempted = False
-        index = 0
-        while index < len(self._running):
-            request = self._running[index]
-            missing = self._num_missing_blocks(request)
-            if missing <= self.pool.num_free:
-                request.block_table += self.pool.allocate(missing)
-                index += 1
-            else:
-                self._preempt(self._running[-1])
-                preempted = True
-        return preempted
+    def _try_grow(self, request: Request) -> bool:
+        """Give a decode the block it writes to; False if it was preempted for want of one.
+
+        The request in the last place is preempted, this one itself if that is it.
+        """
+        while not self.pool.num_free:
+            if len(self._running) == 1:
+                self._break_pin()
+                continue
+            last = self._running[-1]
+            self._preempt(last)
+            if last is request:
+                return False
+        request.block_table += self.pool.allocate(1)
+        return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the front of the queue; everything is recomputed, or found in the cache."""
+        """Back to its place in line; everything is recomputed, or found in the cache."""
         self._running.remove(request)
         self._release(request)
         request.state = RequestState.WAITING
-        self._waiting.appendleft(request)
-        self._chains[request.id] = self.pool.chain(request.token_ids)
+        self._enqueue(request)
         self.counters.preemptions += 1
 
-    def _num_missing_blocks(self, request: Request) -> int:
-        size = self.pool.block_size
-        return -(-len(request.token_ids) // size) - len(request.block_table)
+    def _break_pin(self) -> None:
+        """Free pinned blocks for the only request that could run."""
+        broken = self.pins.break_one()
+        assert broken, "a request that fits the pool does not fit it alone"
+        self.counters.pins_broken += 1
 
     # -- waiting requests ---------------------------------------------------------------
 
-    def _admit(self, budget: int) -> list[Scheduled]:
-        """Start waiting requests while budget, slots and blocks last; first come, first served.
+    def _enqueue(self, request: Request) -> None:
+        self._sharing.add(request)
+        self._waiting.add(self._places[request.id], request)
 
-        Only those that wait for a shared prefix are passed over. The first that does not fit
-        ends the search: nobody smaller overtakes it.
+    def _admit(
+        self, step: Step, budget: int, prefilling: list[Request], before: Place | None
+    ) -> int:
+        """Start those that wait before this place while budget, slots and blocks last.
+
+        The budget that is left. Only those that wait for a shared prefix are passed over; who is
+        started joins `prefilling`.
         """
-        admitted: list[Scheduled] = []
-        passed_over: list[Request] = []
-        while self._waiting and budget > 0 and len(self._running) < self.config.max_running:
-            request = self._waiting.popleft()
-            if self._waits_for_leader(request):
-                passed_over.append(request)
-                continue
-            if not self._try_start(request):
-                self._waiting.appendleft(request)
+        num_passed_over = 0
+        while budget > 0 and len(self._running) < self.config.max_running:
+            request = self._waiting.try_get(num_passed_over)
+            if request is None or (before is not None and self._places[request.id] > before):
                 break
-            admitted.append(_next_chunk(request, budget))
-            budget -= len(admitted[-1].chunk.token_ids)
-        self._waiting.extendleft(reversed(passed_over))
-        return admitted
+            if self._sharing.must_wait(request, prefilling):
+                num_passed_over += 1
+                continue
+            if self._headroom.was_refused(request):
+                break
+            if not self._try_start(request, prefilling):
+                self._headroom.refuse(request)
+                break
+            if request.num_uncomputed > 1:
+                prefilling.append(request)
+            budget -= _add_prefill(step, request, budget)
+        return budget
 
-    def _waits_for_leader(self, request: Request) -> bool:
-        """Whether another request is just computing a prefix that this one needs as well."""
-        leader = self._leaders.get(request.id)
-        if leader is None:
-            leader = self._find_leader(request)
-            if leader is None:
+    def _try_start(self, request: Request, prefilling: Sequence[Request]) -> bool:
+        """Admit a request if it fits, now and later; no change otherwise."""
+        pool = self.pool
+        hit = pool.lookup(request.token_ids, self._sharing.shareable_chain(request))
+        num_missing = -(-len(request.token_ids) // pool.block_size) - len(hit.blocks)
+        while True:
+            num_taken = num_missing + pool.num_free_among(hit.blocks)
+            if num_taken <= pool.num_free:
+                break
+            if self._running:
                 return False
-            self._leaders[request.id] = leader
-        if leader.is_filling:
-            return True
-        del self._leaders[request.id]
-        return False
-
-    def _find_leader(self, request: Request) -> _Leader | None:
-        """The prefilling request that will fill most of this one's prefix, if any does.
-
-        The chains are compared, not the tokens: a collision would cost a wait, nothing else.
-        """
-        chain = self._shareable_chain(request)
-        size = self.pool.block_size
-        num_shared, leader = max(
-            (
-                (_common_prefix(chain, self._chains[other.id]), other)
-                for other in self._running
-                if other.num_uncomputed > 1
-            ),
-            key=lambda pair: pair[0],
-            default=(0, request),
-        )
-        if num_shared * size <= leader.num_computed:
-            return None
-        if len(self.pool.lookup(request.token_ids, chain)) >= num_shared:
-            return None
-        return _Leader(leader, num_shared * size)
-
-    def _shareable_chain(self, request: Request) -> list[int]:
-        """The chain as far as it may be hit: one token at least is computed, for its logits."""
-        most_blocks = (len(request.token_ids) - 1) // self.pool.block_size
-        return self._chains[request.id][:most_blocks]
-
-    def _try_start(self, request: Request) -> bool:
-        """Admit a request if blocks for all its tokens are free; no change otherwise."""
-        size = self.pool.block_size
-        hits = self.pool.lookup(request.token_ids, self._shareable_chain(request))
-        missing = -(-len(request.token_ids) // size) - len(hits)
-        taken = missing + self.pool.num_free_among(hits)
-        if taken + len(self._running) > self.pool.num_free:
+            self._break_pin()
+        running = self._running
+        if running and not self._headroom.fits(request, hit, running, prefilling):
             return False
-        self.pool.acquire(hits)
-        request.block_table = hits + self.pool.allocate(missing)
-        request.num_computed = len(hits) * size
+        pool.acquire(hit.blocks)
+        restored = pool.restore(hit.offloaded)
+        fresh = pool.allocate(num_missing - len(restored))
+        request.block_table = hit.blocks + restored + fresh
+        request.num_computed = len(hit) * pool.block_size
         request.state = RequestState.RUNNING
-        self._running.append(request)
+        place = self._places[request.id]
+        self._waiting.remove(place)
+        insort(self._running, request, key=lambda running: self._places[running.id])
+        self.counters.restored_tokens += len(restored) * pool.block_size
         self._count_admission(request)
         return True
 
     # -- progress -----------------------------------------------------------------------
 
-    def _advance(self, request: Request, num_computed: int) -> None:
-        """Note that the KV up to `num_computed` is there, and cache the blocks that are full."""
+    def _register(self, request: Request, first: int, end: int) -> None:
+        """Cache the blocks of a request that have become full."""
         size = self.pool.block_size
-        first, end = request.num_computed // size, num_computed // size
-        request.num_computed = num_computed
         for index in range(first, end):
             tokens = request.token_ids[index * size : (index + 1) * size]
             self.pool.register(request.block_table, index, tokens)
-
-    def _append(self, request: Request, token_id: int) -> Output:
-        request.token_ids.append(token_id)
-        self.counters.generation_tokens += 1
-        reason: FinishReason | None = None
-        if token_id in self._eos_token_ids and not request.sampling.ignore_eos:
-            reason = FinishReason.STOP
-        elif request.num_output_tokens >= request.sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self._finish(request, reason)
-        return Output(request, token_id, reason)
 
     def _fail(self, request: Request) -> Output:
         """End a request whose logits are no numbers, and let nobody inherit its KV.
@@ -378,22 +396,25 @@ class Scheduler:
         earlier chunks of the prompt put into the cache.
         """
         self.pool.forget(request.block_table)
+        self.pins.drop_uncached()
         self._finish(request, FinishReason.ERROR)
         return Output(request, None, FinishReason.ERROR)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        place = self._places.pop(request.id)
         if request.state is RequestState.RUNNING:
             self._running.remove(request)
             self._release(request)
         else:
-            self._waiting.remove(request)
+            self._waiting.remove(place)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
-        del self._requests[request.id], self._chains[request.id]
-        self._leaders.pop(request.id, None)
+        del self._requests[request.id]
+        self._sharing.remove(request)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table)
+        self._headroom.note_release()
         request.block_table = []
         request.num_computed = 0
 
@@ -409,26 +430,13 @@ class Scheduler:
         self.counters.prefill_tokens += max(0, min(len(chunk.token_ids), of_prompt))
 
 
-def _next_chunk(request: Request, budget: int) -> Scheduled:
-    """The next tokens of a running request, at most `budget`."""
+def _add_prefill(step: Step, request: Request, budget: int) -> int:
+    """Add the next tokens of a running request to a step, at most `budget`; how many."""
     start = request.num_computed
-    end = min(start + budget, len(request.token_ids))
-    chunk = Chunk(
-        token_ids=request.token_ids[start:end],
-        start=start,
-        block_table=list(request.block_table),
-        wants_logits=end == len(request.token_ids),
-    )
-    return Scheduled(request, chunk)
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of equal hashes at the start. Equal chain hashes mean equal chains: bisection."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[middle - 1] == right[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    token_ids = request.token_ids[start : start + budget]
+    is_last = start + len(token_ids) == len(request.token_ids)
+    step.scheduled.append(request)
+    step.chunks.append(Chunk(token_ids, start, request.block_table, is_last))
+    if is_last:
+        step.sampling.append(request)
+    return len(token_ids)

@@ -17,13 +17,14 @@ from hypothesis.stateful import (
     rule,
 )
 
+from roost_engine.batch import Direction
 from roost_engine.blocks import BlockPool, OutOfBlocksError
 from roost_wire.token_chain import block_hashes, next_block_hash
 
 
 def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
     """A table for `tokens` with whatever is cached, all full blocks registered."""
-    table = pool.lookup(tokens, pool.chain(tokens))
+    table = hits(pool, tokens)
     pool.acquire(table)
     table += pool.allocate(-(-len(tokens) // pool.block_size) - len(table))
     register_full(pool, table, tokens)
@@ -37,7 +38,7 @@ def register_full(pool: BlockPool, table: list[int], tokens: list[int]) -> None:
 
 
 def hits(pool: BlockPool, tokens: list[int]) -> list[int]:
-    return pool.lookup(tokens, pool.chain(tokens))
+    return pool.lookup(tokens, pool.chain(tokens)).blocks
 
 
 def test_the_chain_is_the_one_of_the_wire_contract() -> None:
@@ -184,6 +185,111 @@ def test_usage_counts_referenced_blocks_only() -> None:
     assert pool.usage == 0.0
 
 
+def fill_tiered(pool: BlockPool, tokens: list[int]) -> list[int]:
+    """As `fill`, restoring what lies on the host."""
+    hit = pool.lookup(tokens, pool.chain(tokens))
+    pool.acquire(hit.blocks)
+    table = hit.blocks + pool.restore(hit.offloaded)
+    table += pool.allocate(-(-len(tokens) // pool.block_size) - len(table))
+    register_full(pool, table, tokens)
+    return table
+
+
+def test_an_evicted_chain_is_found_on_the_host_and_comes_back() -> None:
+    pool = BlockPool(3, 1, num_host_blocks=3)
+    pool.release(fill(pool, [1, 2, 3]))
+    pool.release(pool.allocate(2))
+    out = pool.take_copies()
+
+    hit = pool.lookup([1, 2, 3], pool.chain([1, 2, 3]))
+    assert (len(hit.blocks), len(hit.offloaded)) == (1, 2)
+    table = fill_tiered(pool, [1, 2, 3])
+
+    back = pool.take_copies()
+    assert [copy.direction for copy in out + back] == [Direction.OUT] * 2 + [Direction.IN] * 2
+    assert [copy.host_block for copy in back] == [copy.host_block for copy in reversed(out)]
+    assert [copy.block for copy in back] == table[1:]
+    assert pool.num_host_used == 0
+    pool.check([table])
+
+
+def test_a_restore_does_not_overwrite_what_it_reads() -> None:
+    """Host and device are full: what is evicted for the restored blocks finds no slot."""
+    pool = BlockPool(2, 1, num_host_blocks=2)
+    pool.release(fill(pool, [1, 2]))
+    pool.release(fill(pool, [3, 4]))
+    pool.take_copies()
+
+    table = fill_tiered(pool, [1, 2])
+
+    assert [copy.direction for copy in pool.take_copies()] == [Direction.IN] * 2
+    assert len(pool.lookup([3, 4], pool.chain([3, 4]))) == 0
+    pool.check([table])
+
+
+def test_a_block_computed_anew_takes_the_place_of_its_copy_on_the_host() -> None:
+    pool = BlockPool(2, 1, num_host_blocks=2)
+    pool.release(fill(pool, [1]))
+    pool.release(pool.allocate(2))
+    assert pool.num_host_used == 1
+
+    table = pool.allocate(1)
+    pool.register(table, 0, [1])
+
+    assert pool.num_host_used == 0
+    assert hits(pool, [1]) == table
+    pool.check([table])
+
+
+def test_restoring_takes_nothing_when_too_little_is_free() -> None:
+    pool = BlockPool(2, 1, num_host_blocks=2)
+    pool.release(fill(pool, [1, 2]))
+    held = pool.allocate(2)
+    hit = pool.lookup([1, 2], pool.chain([1, 2]))
+
+    with pytest.raises(OutOfBlocksError):
+        pool.restore(hit.offloaded)
+
+    assert len(pool.lookup([1, 2], pool.chain([1, 2])).offloaded) == 2
+    pool.check([held])
+
+
+def test_forgetting_a_block_forgets_its_successors_on_the_host() -> None:
+    pool = BlockPool(3, 1, num_host_blocks=3)
+    pool.release(fill(pool, [1, 2, 3]))
+    pool.release(pool.allocate(2))
+    root = hits(pool, [1])
+
+    pool.forget(root)
+
+    assert (pool.num_host_used, len(pool.lookup([1, 2, 3], pool.chain([1, 2, 3])))) == (0, 0)
+    pool.check([])
+
+
+def test_clear_forgets_all_tiers_and_takes_nothing_from_holders() -> None:
+    pool = BlockPool(4, 1, num_host_blocks=4)
+    pool.release(fill(pool, [1, 2, 3]))
+    pool.release(pool.allocate(3))
+    held = fill(pool, [7, 8])
+
+    pool.clear()
+
+    assert (pool.num_host_used, hits(pool, [7, 8]), pool.digest()) == (0, [], 0)
+    pool.check([held])
+    pool.release(held)
+    pool.check([])
+
+
+@pytest.mark.parametrize("num_sharers", [1, 2])
+def test_what_others_share_of_a_table_is_its_beginning(num_sharers: int) -> None:
+    pool = BlockPool(12, 1)
+    table = fill(pool, [1, 2, 3, 4, 5])
+    for index in range(num_sharers):
+        assert pool.num_shared(fill(pool, [1, 2, 3, 8, index])) == 3 + index
+
+    assert pool.num_shared(table) == 3
+
+
 def same_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int:
     return 7
 
@@ -226,7 +332,7 @@ def test_nothing_after_an_uncached_block_is_cached() -> None:
     attacker = fill(pool, [11, 2, 3])
 
     assert hits(pool, [11, 2, 3]) == []
-    assert [pool._blocks[block].hash for block in attacker] == [None, None, None]
+    assert [pool.is_cached(block) for block in attacker] == [False, False, False]
     pool.check([victim, attacker])
 
 
@@ -239,12 +345,31 @@ class PoolMachine(RuleBasedStateMachine):
 
     tables = Bundle("tables")
 
-    @initialize(num_blocks=st.integers(1, 12), size=st.integers(1, 3), weak=st.booleans())
-    def create(self, num_blocks: int, size: int, weak: bool) -> None:
-        self.pool = BlockPool(num_blocks, size, hash_block=weak_hash if weak else next_block_hash)
+    @initialize(
+        num_blocks=st.integers(1, 12),
+        num_host_blocks=st.integers(0, 8),
+        size=st.integers(1, 3),
+        weak=st.booleans(),
+    )
+    def create(self, num_blocks: int, num_host_blocks: int, size: int, weak: bool) -> None:
+        self.pool = BlockPool(
+            num_blocks,
+            size,
+            num_host_blocks=num_host_blocks,
+            hash_block=weak_hash if weak else next_block_hash,
+        )
         self.size = size
+        self.host: dict[int, tuple[int, ...]] = {}  # host block -> the same
         self.filled: dict[int, tuple[int, ...]] = {}  # block -> all tokens up to its end
         self.open: list[tuple[list[int], list[int]]] = []  # tokens, table
+
+    def copy(self) -> None:
+        """Execute the orders, before anything is written."""
+        for order in self.pool.take_copies():
+            if order.direction is Direction.OUT:
+                self.host[order.host_block] = self.filled[order.block]
+            else:
+                self.filled[order.block] = self.host[order.host_block]
 
     def write(self, tokens: list[int], table: list[int], start: int) -> None:
         """Compute positions from `start`: fill their blocks, then register the full ones."""
@@ -257,15 +382,17 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(target=tables, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=8))
     def start(self, tokens: list[int]) -> object:
         pool = self.pool
-        table = pool.lookup(tokens, pool.chain(tokens))
-        for index, block in enumerate(table):
-            assert self.filled[block] == tuple(tokens[: (index + 1) * self.size])
-        missing = -(-len(tokens) // self.size) - len(table)
-        if missing + pool.num_free_among(table) > pool.num_free:
+        hit = pool.lookup(tokens, pool.chain(tokens))
+        missing = -(-len(tokens) // self.size) - len(hit.blocks)
+        if missing + pool.num_free_among(hit.blocks) > pool.num_free:
             return multiple()
+        pool.acquire(hit.blocks)
+        table = hit.blocks + pool.restore(hit.offloaded)
         num_hit = len(table)
-        pool.acquire(table)
-        table += pool.allocate(missing)
+        table += pool.allocate(missing - len(hit.offloaded))
+        self.copy()
+        for index, block in enumerate(table[:num_hit]):
+            assert self.filled[block] == tuple(tokens[: (index + 1) * self.size])
         entry = (tokens, table)
         self.open.append(entry)
         self.write(tokens, table, num_hit * self.size)
@@ -278,6 +405,7 @@ class PoolMachine(RuleBasedStateMachine):
             if self.pool.num_free == 0:
                 return
             table += self.pool.allocate(1)
+            self.copy()
         tokens.append(token)
         self.write(tokens, table, len(tokens) - 1)
 
@@ -289,7 +417,7 @@ class PoolMachine(RuleBasedStateMachine):
         """
         tokens, table = entry
         self.pool.forget(table)
-        assert not set(table) & set(self.pool.lookup(tokens, self.pool.chain(tokens)))
+        assert not set(table) & set(hits(self.pool, tokens))
         self.close(entry)
 
     @rule(entry=consumes(tables))

@@ -6,119 +6,26 @@ Every run uses FakeModel, whose tokens depend on the whole context it finds in i
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from fake_model import FakeModel, continuation
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fake_model import continuation
+from hand_engine import (
+    VOCAB,
+    HandEngine,
+    Optimist,
+    assert_right,
+    names,
+    outputs_of,
+    prompt_of,
+    sizes,
+)
 
-from roost_engine.blocks import BlockPool
-from roost_engine.config import SchedulerConfig
-from roost_engine.request import FinishReason, Request, RequestState, SamplingParams
-from roost_engine.scheduler import Output, PromptTooLong, Scheduler, Step
-
-VOCAB = 50
-NO_EOS: frozenset[int] = frozenset()
-
-
-class Engine:
-    """Scheduler, pool and fake model, stepped by hand, with every invariant checked."""
-
-    def __init__(
-        self,
-        num_blocks: int = 64,
-        block_size: int = 4,
-        max_step_tokens: int = 32,
-        max_running: int = 8,
-        eos: frozenset[int] = NO_EOS,
-    ) -> None:
-        config = SchedulerConfig(
-            max_step_tokens=max_step_tokens, max_running=max_running, max_model_len=256
-        )
-        self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(config, self.pool, eos)
-        self.model = FakeModel(block_size, VOCAB)
-        self.steps: list[Step] = []
-        self.outputs: list[Output] = []
-
-    def add(
-        self, name: str, prompt: list[int], max_tokens: int = 4, *, ignore_eos: bool = False
-    ) -> Request:
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
-        request = Request(name, prompt, sampling, arrival_s=0.0)
-        self.scheduler.add(request)
-        return request
-
-    def schedule(self) -> Step:
-        step = self.scheduler.schedule()
-        self.scheduler.check()
-        config = self.scheduler.config
-        assert step.num_tokens <= config.max_step_tokens
-        assert len({entry.request.id for entry in step.scheduled}) == len(step.scheduled)
-        self._check_writes(step)
-        self.steps.append(step)
-        return step
-
-    def finish(self, step: Step) -> list[Output]:
-        outputs = self.scheduler.update(step, self.model.next_tokens(step.chunks))
-        self.scheduler.check()
-        self.outputs += outputs
-        return outputs
-
-    def step(self) -> list[Output]:
-        return self.finish(self.schedule())
-
-    def run(self, limit: int = 2000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_work:
-                break
-            assert self.schedule().scheduled, "work is left, but nothing is computed"
-            self.finish(self.steps[-1])
-        assert not self.scheduler.has_work
-        assert self.pool.num_free == self.pool.num_blocks
-
-    def _check_writes(self, step: Step) -> None:
-        """No chunk writes to a block that somebody else holds or that a lookup can find."""
-        holders: dict[int, int] = {}
-        for request in self.scheduler._running:
-            for block in request.block_table:
-                holders[block] = holders.get(block, 0) + 1
-        for entry in step.scheduled:
-            chunk, size = entry.chunk, self.pool.block_size
-            end = chunk.start + len(chunk.token_ids)
-            assert len(chunk.block_table) * size >= end
-            for index in range(chunk.start // size, -(-end // size)):
-                assert holders[chunk.block_table[index]] == 1
-                assert self.pool._blocks[chunk.block_table[index]].hash is None
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB) for _ in range(length)]
-
-
-def assert_right(*requests: Request) -> None:
-    for request in requests:
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        expected = continuation(prompt, request.sampling.max_tokens, VOCAB)
-        assert expected[: request.num_output_tokens] == outputs_of(request)
-
-
-def outputs_of(request: Request) -> list[int]:
-    return request.token_ids[request.num_prompt_tokens :]
-
-
-def names(step: Step) -> list[str]:
-    return [entry.request.id for entry in step.scheduled]
-
-
-def sizes(step: Step) -> list[int]:
-    return [len(entry.chunk.token_ids) for entry in step.scheduled]
+from roost_engine.admission import ExpectedOutput
+from roost_engine.request import FinishReason, RequestState
+from roost_engine.scheduler import PromptTooLong
 
 
 def test_one_request_gets_its_tokens_and_gives_everything_back() -> None:
-    engine = Engine()
+    engine = HandEngine()
     request = engine.add("a", prompt_of(10), max_tokens=5)
 
     engine.run()
@@ -131,7 +38,7 @@ def test_one_request_gets_its_tokens_and_gives_everything_back() -> None:
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_sampled_once_at_its_end() -> None:
-    engine = Engine(max_step_tokens=8)
+    engine = HandEngine(max_step_tokens=8)
     request = engine.add("a", prompt_of(20), max_tokens=2)
 
     engine.run()
@@ -142,7 +49,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_once_at_its_end() -> No
 
 
 def test_decodes_come_before_chunks_and_chunks_before_new_requests() -> None:
-    engine = Engine(max_step_tokens=10)
+    engine = HandEngine(max_step_tokens=10)
     engine.add("a", prompt_of(4, 1), max_tokens=9)
     engine.step()
     engine.add("b", prompt_of(30, 2))
@@ -156,7 +63,7 @@ def test_decodes_come_before_chunks_and_chunks_before_new_requests() -> None:
 
 
 def test_requests_start_in_order_of_arrival_and_share_the_budget() -> None:
-    engine = Engine(max_step_tokens=10)
+    engine = HandEngine(max_step_tokens=10)
     for index in range(4):
         engine.add(f"r{index}", prompt_of(4, index))
 
@@ -167,7 +74,7 @@ def test_requests_start_in_order_of_arrival_and_share_the_budget() -> None:
 
 
 def test_no_more_than_max_running_hold_blocks() -> None:
-    engine = Engine(max_running=2)
+    engine = HandEngine(max_running=2)
     requests = [engine.add(f"r{index}", prompt_of(4, index)) for index in range(5)]
 
     engine.run()
@@ -177,7 +84,7 @@ def test_no_more_than_max_running_hold_blocks() -> None:
 
 
 def test_a_request_that_does_not_fit_is_not_overtaken_by_a_smaller_one() -> None:
-    engine = Engine(num_blocks=8)
+    engine = HandEngine(num_blocks=8)
     engine.add("running", prompt_of(16, 1), max_tokens=8)
     engine.step()
     engine.add("large", prompt_of(20, 2))
@@ -190,7 +97,7 @@ def test_a_request_that_does_not_fit_is_not_overtaken_by_a_smaller_one() -> None
 def test_end_of_sequence_stops_unless_it_is_ignored() -> None:
     prompt = prompt_of(6)
     eos = continuation(prompt, 3, VOCAB)[2]
-    engine = Engine(eos=frozenset({eos}))
+    engine = HandEngine(eos=frozenset({eos}))
     stops = engine.add("stops", prompt, max_tokens=8)
     goes_on = engine.add("goes-on", prompt, max_tokens=8, ignore_eos=True)
 
@@ -205,7 +112,7 @@ def test_end_of_sequence_stops_unless_it_is_ignored() -> None:
 def test_end_of_sequence_at_max_tokens_counts_as_stop() -> None:
     prompt = prompt_of(6)
     eos = continuation(prompt, 1, VOCAB)[0]
-    engine = Engine(eos=frozenset({eos}))
+    engine = HandEngine(eos=frozenset({eos}))
     request = engine.add("a", prompt, max_tokens=1)
 
     engine.run()
@@ -217,7 +124,7 @@ def test_end_of_sequence_at_max_tokens_counts_as_stop() -> None:
 
 
 def test_a_second_prompt_hits_what_the_first_left() -> None:
-    engine = Engine()
+    engine = HandEngine()
     first = engine.add("a", prompt_of(10))
     engine.run()
     second = engine.add("b", [*prompt_of(10), 1, 2])
@@ -231,7 +138,7 @@ def test_a_second_prompt_hits_what_the_first_left() -> None:
 
 
 def test_a_hit_leaves_at_least_one_token_to_compute() -> None:
-    engine = Engine()
+    engine = HandEngine()
     engine.add("a", prompt_of(8))
     engine.run()
     again = engine.add("b", prompt_of(8))
@@ -242,7 +149,7 @@ def test_a_hit_leaves_at_least_one_token_to_compute() -> None:
 
 
 def test_generated_blocks_are_cached_for_the_next_turn() -> None:
-    engine = Engine()
+    engine = HandEngine()
     first = engine.add("a", prompt_of(6), max_tokens=7)
     engine.run()
     turn = engine.add("b", [*first.token_ids, 3, 3])
@@ -253,7 +160,7 @@ def test_generated_blocks_are_cached_for_the_next_turn() -> None:
 
 
 def test_siblings_wait_until_the_first_has_filled_the_prefix() -> None:
-    engine = Engine(max_step_tokens=16)
+    engine = HandEngine(max_step_tokens=16)
     shared = prompt_of(24)
     first = engine.add("first", [*shared, 1, 1])
     second = engine.add("second", [*shared, 2, 2])
@@ -270,7 +177,7 @@ def test_siblings_wait_until_the_first_has_filled_the_prefix() -> None:
 
 
 def test_a_sibling_goes_on_when_its_leader_is_aborted() -> None:
-    engine = Engine(max_step_tokens=8)
+    engine = HandEngine(max_step_tokens=8)
     shared = prompt_of(24)
     engine.add("leader", [*shared, 1])
     follower = engine.add("follower", [*shared, 2])
@@ -284,7 +191,7 @@ def test_a_sibling_goes_on_when_its_leader_is_aborted() -> None:
 
 
 def test_waiting_for_a_leader_lets_the_others_pass() -> None:
-    engine = Engine(max_step_tokens=12, num_blocks=64)
+    engine = HandEngine(max_step_tokens=12, num_blocks=64)
     shared = prompt_of(100)
     engine.add("leader", shared)
     followers = [engine.add(f"f{index}", [*shared, index]) for index in range(3)]
@@ -297,7 +204,7 @@ def test_waiting_for_a_leader_lets_the_others_pass() -> None:
 
 
 def test_a_follower_keeps_its_place_in_the_line() -> None:
-    engine = Engine(max_step_tokens=12, max_running=2)
+    engine = HandEngine(max_step_tokens=12, max_running=2)
     shared = prompt_of(58)  # the last chunk leaves 2 tokens of budget to others
     engine.add("leader", shared)
     engine.add("follower", [*shared, 1])
@@ -311,7 +218,7 @@ def test_a_follower_keeps_its_place_in_the_line() -> None:
 
 
 def test_equal_prompts_in_one_step_end_up_in_the_same_blocks() -> None:
-    engine = Engine(max_step_tokens=32)
+    engine = HandEngine(max_step_tokens=32)
     requests = [engine.add(f"r{index}", prompt_of(9), max_tokens=6) for index in range(4)]
     for _ in range(4):
         engine.step()
@@ -327,7 +234,7 @@ def test_equal_prompts_in_one_step_end_up_in_the_same_blocks() -> None:
 
 
 def test_the_newest_request_is_preempted_and_goes_on_with_the_same_tokens() -> None:
-    engine = Engine(num_blocks=7)
+    engine = HandEngine(num_blocks=7, expected=Optimist())
     old = engine.add("old", prompt_of(8, 1), max_tokens=16)
     new = engine.add("new", prompt_of(8, 2), max_tokens=16)
 
@@ -341,7 +248,7 @@ def test_the_newest_request_is_preempted_and_goes_on_with_the_same_tokens() -> N
 
 
 def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
-    engine = Engine(num_blocks=7)
+    engine = HandEngine(num_blocks=7, expected=Optimist())
     engine.add("old", prompt_of(8, 1), max_tokens=16)
     engine.add("new", prompt_of(8, 2), max_tokens=16)
     while not engine.scheduler.counters.preemptions:
@@ -352,7 +259,7 @@ def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
 
 
 def test_a_preempted_request_is_first_in_line() -> None:
-    engine = Engine(num_blocks=7)
+    engine = HandEngine(num_blocks=7, expected=Optimist())
     engine.add("old", prompt_of(8, 1), max_tokens=16)
     engine.add("new", prompt_of(8, 2), max_tokens=16)
     while not engine.scheduler.counters.preemptions:
@@ -367,7 +274,7 @@ def test_a_preempted_request_is_first_in_line() -> None:
 
 
 def test_what_can_never_fit_is_refused_up_front() -> None:
-    engine = Engine(num_blocks=4, block_size=4)
+    engine = HandEngine(num_blocks=4, block_size=4)
 
     with pytest.raises(PromptTooLong) as refused:
         engine.add("a", prompt_of(13), max_tokens=4)
@@ -381,7 +288,7 @@ def test_what_can_never_fit_is_refused_up_front() -> None:
 
 
 def test_abort_while_waiting() -> None:
-    engine = Engine(max_running=1)
+    engine = HandEngine(max_running=1)
     first, waiting = engine.add("a", prompt_of(4)), engine.add("b", prompt_of(4, 1))
     engine.step()
 
@@ -394,7 +301,7 @@ def test_abort_while_waiting() -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4])
 def test_abort_while_prefilling_or_decoding(num_steps: int) -> None:
-    engine = Engine(max_step_tokens=8)
+    engine = HandEngine(max_step_tokens=8)
     engine.add("a", prompt_of(20), max_tokens=10)
     for _ in range(num_steps):
         engine.step()
@@ -407,7 +314,7 @@ def test_abort_while_prefilling_or_decoding(num_steps: int) -> None:
 
 
 def test_abort_between_schedule_and_update_drops_the_token() -> None:
-    engine = Engine()
+    engine = HandEngine()
     engine.add("a", prompt_of(6))
     stays = engine.add("b", prompt_of(6, 1))
     step = engine.schedule()
@@ -421,7 +328,7 @@ def test_abort_between_schedule_and_update_drops_the_token() -> None:
 
 
 def test_abort_of_somebody_unknown_or_finished_is_nothing() -> None:
-    engine = Engine()
+    engine = HandEngine()
     engine.add("a", prompt_of(4), max_tokens=1)
     engine.run()
 
@@ -433,7 +340,7 @@ def test_abort_of_somebody_unknown_or_finished_is_nothing() -> None:
 
 
 def test_a_request_without_numbers_ends_alone() -> None:
-    engine = Engine()
+    engine = HandEngine()
     bad, good = engine.add("bad", [1, 2, 3, 99]), engine.add("good", prompt_of(6))
     engine.model.spoils = {99}
 
@@ -448,7 +355,7 @@ def test_a_request_without_numbers_ends_alone() -> None:
 @pytest.mark.parametrize("max_step_tokens", [8, 64])
 def test_nobody_inherits_what_spoiled_a_request(max_step_tokens: int) -> None:
     """Also not the chunks of its prompt that were cached before anybody saw the logits."""
-    engine = Engine(max_step_tokens=max_step_tokens)
+    engine = HandEngine(max_step_tokens=max_step_tokens)
     prompt = [99, *prompt_of(20)]
     engine.model.spoils = {99}
     engine.add("bad", prompt)
@@ -464,7 +371,7 @@ def test_nobody_inherits_what_spoiled_a_request(max_step_tokens: int) -> None:
 
 def test_a_decode_without_numbers_keeps_what_came_before() -> None:
     prompt = prompt_of(10)
-    engine = Engine()
+    engine = HandEngine()
     request = engine.add("a", prompt, max_tokens=8)
     engine.step()
     engine.step()
@@ -475,40 +382,148 @@ def test_a_decode_without_numbers_keeps_what_came_before() -> None:
     assert_right(request)
 
 
-# -- random runs --------------------------------------------------------------------------
+# -- priorities and deadlines ---------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    num_blocks=st.integers(6, 40),
-    block_size=st.integers(1, 4),
-    max_step_tokens=st.integers(4, 40),
-    max_running=st.integers(1, 4),
-)
-def test_random_runs_end_with_right_tokens_and_a_full_pool(
-    seed: int, num_blocks: int, block_size: int, max_step_tokens: int, max_running: int
-) -> None:
-    """Arrivals, aborts and preemptions in any order; nobody starves (`run` has a limit)."""
-    rng = random.Random(seed)
-    engine = Engine(num_blocks, block_size, max_step_tokens, max_running)
-    capacity = num_blocks * block_size
-    stems = [prompt_of(rng.randint(1, capacity), index) for index in range(3)]
-    requests: list[Request] = []
-    for index in range(rng.randint(1, 12)):
-        max_tokens = rng.randint(1, max(1, capacity // 2))
-        stem = rng.choice(stems)[: rng.randint(1, max(1, capacity - max_tokens - 1))]
-        prompt = (stem + prompt_of(rng.randint(0, 3), index))[: capacity - max_tokens]
-        if prompt:
-            requests.append(engine.add(f"r{index}", prompt, max_tokens))
-        for _ in range(rng.randint(0, 4)):
-            engine.step()
-        if requests and rng.random() < 0.2:
-            engine.scheduler.abort(rng.choice(requests).id)
+def test_better_priority_goes_first_and_equal_ones_in_order_of_arrival() -> None:
+    engine = HandEngine(max_running=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -5), ("e", 0)):
+        engine.add(name, prompt_of(4, ord(name)), max_tokens=1, priority=priority)
 
     engine.run()
 
+    assert [names(step) for step in engine.steps] == [["d"], ["b"], ["e"], ["a"], ["c"]]
+
+
+def test_an_urgent_prompt_goes_before_a_prefill_under_way() -> None:
+    engine = HandEngine(max_step_tokens=8)
+    engine.add("patient", prompt_of(30, 1), priority=1)
+    engine.step()
+    engine.add("as patient", prompt_of(6, 2), priority=1)
+    engine.add("urgent", prompt_of(10, 3), max_tokens=1)
+    engine.run()
+
+    assert [names(step) for step in engine.steps[:4]] == [
+        ["patient"],
+        ["urgent"],
+        ["urgent", "patient"],
+        ["patient"],
+    ]
+    assert list(sizes(engine.steps[2])) == [2, 6]
+
+
+def test_the_worst_priority_is_preempted_though_it_came_first() -> None:
+    engine = HandEngine(num_blocks=7, expected=Optimist())
+    patient = engine.add("patient", prompt_of(8, 1), max_tokens=16, priority=1)
+    urgent = engine.add("urgent", prompt_of(8, 2), max_tokens=16)
+
+    engine.run()
+
+    assert engine.scheduler.counters.preemptions > 0
+    finished = [output.request.id for output in engine.outputs if output.finish_reason]
+    assert finished == ["urgent", "patient"]
+    assert_right(patient, urgent)
+
+
+@pytest.mark.parametrize(("now", "expired"), [(4.9, []), (5.0, ["b"]), (9.0, ["b", "c"])])
+def test_who_waits_past_its_deadline_is_dropped(now: float, expired: list[str]) -> None:
+    engine = HandEngine(max_running=1)
+    engine.add("a", prompt_of(4), max_tokens=9, deadline_s=1.0)
+    engine.step()
+    engine.add("c", prompt_of(4, 2), deadline_s=9.0)
+    engine.add("b", prompt_of(4, 3), deadline_s=5.0)
+    engine.add("d", prompt_of(4, 4))
+
+    outputs = engine.scheduler.expire(now)
+
+    engine.check()
+    assert [output.request.id for output in outputs] == expired
+    assert {output.finish_reason for output in outputs} <= {FinishReason.ABORT}
+    assert [output.token_id for output in outputs] == [None] * len(expired)
+    assert engine.scheduler.counters.expired == len(expired)
+    assert engine.scheduler.expire(now) == []
+    engine.run()
+
+
+def test_a_preempted_request_that_has_begun_to_answer_outlives_its_deadline() -> None:
+    engine = HandEngine(num_blocks=7, expected=Optimist())
+    engine.add("old", prompt_of(8, 1), max_tokens=16)
+    new = engine.add("new", prompt_of(8, 2), max_tokens=16, deadline_s=5.0)
+    while not engine.scheduler.counters.preemptions:
+        engine.step()
+    assert new.state is RequestState.WAITING
+
+    assert engine.scheduler.expire(6.0) == []
+
+    engine.run()
+    assert_right(new)
+
+
+def test_who_was_aborted_does_not_expire_as_well() -> None:
+    engine = HandEngine(max_running=1)
+    engine.add("a", prompt_of(4))
+    engine.step()
+    engine.add("b", prompt_of(4, 1), deadline_s=5.0)
+    engine.scheduler.abort("b")
+
+    assert engine.scheduler.expire(6.0) == []
+
+
+# -- looking ahead ----------------------------------------------------------------------------
+
+
+def test_admission_waits_until_the_peak_ahead_fits() -> None:
+    """8 + 17 tokens end with 6 blocks: together at once 12, the second five steps later 11."""
+    engine = HandEngine(num_blocks=11, expected=ExpectedOutput(1, 1))
+    requests = [engine.add(f"r{index}", prompt_of(8, index), max_tokens=17) for index in range(2)]
+    engine.run()
+
+    started = [names(step) for step in engine.steps].index(["r0", "r1"])
+    assert 1 <= started <= 8
+    assert engine.scheduler.counters.preemptions == 0
     assert_right(*requests)
-    for request in requests:
-        if request.finish_reason is not FinishReason.ABORT:
-            assert request.num_output_tokens == request.sampling.max_tokens
+
+
+@pytest.mark.parametrize(("num_blocks", "at_once"), [(12, True), (11, True), (10, False)])
+def test_a_shared_prefix_is_counted_once(num_blocks: int, at_once: bool) -> None:
+    """Each ends with 13 + 15 tokens in 7 blocks, of which 3 are shared: 3 + 4 + 4."""
+    engine = HandEngine(num_blocks, expected=ExpectedOutput(1, 1))
+    shared = prompt_of(12, 1)
+    engine.add("r0", [*shared, 0], max_tokens=16)
+    engine.step()
+    second = engine.add("r1", [*shared, 1], max_tokens=15)
+
+    assert ("r1" in names(engine.schedule())) == at_once
+    engine.finish(engine.steps[-1])
+    engine.run()
+    assert engine.scheduler.counters.preemptions == 0
+    assert_right(second)
+
+
+# -- host tier --------------------------------------------------------------------------------
+
+
+def test_what_was_evicted_to_the_host_is_restored_instead_of_computed() -> None:
+    engine = HandEngine(num_blocks=8, num_host_blocks=8)
+    first = engine.add("first", prompt_of(20, 1))
+    engine.run()
+    engine.add("other", prompt_of(24, 2))
+    engine.run()
+    assert engine.pool.num_host_used > 0
+
+    again = engine.add("again", [*prompt_of(20, 1), 3])
+    engine.run()
+
+    assert again.num_cached_tokens == 20
+    assert engine.scheduler.counters.restored_tokens > 0
+    assert_right(first, again)
+
+
+def test_a_preempted_request_finds_its_blocks_on_the_host() -> None:
+    engine = HandEngine(num_blocks=7, num_host_blocks=7, expected=Optimist())
+    requests = [engine.add(f"r{index}", prompt_of(8, index), max_tokens=16) for index in range(2)]
+    engine.run()
+
+    assert engine.scheduler.counters.preemptions > 0
+    assert engine.scheduler.counters.restored_tokens > 0
+    assert_right(*requests)

@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from roost_engine.batch import Direction
+
 if TYPE_CHECKING:
     import torch
 
-    from roost_engine.batch import Chunk
+    from roost_engine.batch import BlockCopy, Chunk
 
 
 def next_token(context: Sequence[int], vocab_size: int) -> int:
@@ -46,6 +48,18 @@ class FakeModel:
         self.fail_on_call: int | None = None
         self.spoils: set[int] = set()
         self._cache: dict[int, int] = {}
+        self._host: dict[int, list[int | None]] = {}  # host block -> content of its slots
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Move blocks between the tiers, one after the other."""
+        for copy in copies:
+            slots = range(copy.block * self.block_size, (copy.block + 1) * self.block_size)
+            if copy.direction is Direction.OUT:
+                self._host[copy.host_block] = [self._cache.get(slot) for slot in slots]
+                continue
+            for slot, content in zip(slots, self._host[copy.host_block], strict=True):
+                assert content is not None, "a block that was never filled is restored"
+                self._cache[slot] = content
 
     def next_tokens(self, chunks: Sequence[Chunk]) -> list[int | None]:
         """Write the chunks to the cache, then read each chunk's whole context back from it.
