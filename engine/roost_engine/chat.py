@@ -3,30 +3,40 @@
 Renders as transformers' `apply_chat_template(..., add_generation_prompt=True)` does: blocks are
 trimmed, `raise_exception`, `strftime_now` and an unescaped `tojson` are there, the special
 tokens (`bos_token`, ...) are variables. Templates come with model files, so they run in Jinja's
-immutable sandbox. `{% generation %}` blocks, which mark the assistant's words for training, are
-passed through.
+immutable sandbox, and what they write is bounded. `{% generation %}` blocks, which mark the
+assistant's words for training, are passed through.
 
-Not here: flattening content to text (openai_api.py); turning the text into token ids
+A text in a message that spells a special token becomes that token, as in every engine that
+renders and then encodes.
+
+Not here: flattening content to text (chat_api.py); turning the text into token ids
 (tokenizer.py; the template has written BOS already, so encode without adding special tokens).
-A text in a message that spells a special token
-becomes that token, as in every engine that renders and then encodes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from roost_engine.tool_calls import ToolFormat, tool_format
+
+#: Longest text of a prompt; the longest body the server takes has as many bytes. Jinja's sandbox
+#: bounds each loop, not what nested loops write.
+MAX_PROMPT_CHARACTERS: Final = 32 * 1024 * 1024
+
 _NO_TOKENS: Mapping[str, str] = MappingProxyType({})
+_NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
+# What `render` gives a template; a client's variables must not replace it.
+_RESERVED: Final = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
 class ChatTemplateError(ValueError):
@@ -45,31 +55,68 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str] = _NO_TOKENS) -> None:
         self._special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = None if source is None else _environment().from_string(source)
+            self._template = None if source is None else environment.from_string(source)
+            variables = meta.find_undeclared_variables(environment.parse(source or ""))
         # Mostly TemplateError, but Jinja compiles to Python, which has limits of its own
         # (SyntaxError for blocks nested too deep, RecursionError).
         except Exception as error:
             raise ChatTemplateError(f"the model's chat template is broken: {error}") from error
+        #: Whether the template shows tools and their results to the model.
+        self.takes_tools = "tools" in variables
+        #: How a model with this template writes tool calls.
+        self.tool_format: ToolFormat = tool_format(source or "") if self.takes_tools else "hermes"
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = _NO_VARIABLES,
+    ) -> str:
         """Prompt text for `messages`, ending where the assistant's answer begins.
 
-        A message has `role` and `content`, both text. ChatTemplateError for what the template
-        does not take.
+        A message has `role` and `content`, both text, maybe `tool_calls`, `tool_call_id` and
+        `name`. `variables` are further ones of this template, such as `enable_thinking`.
+        ChatTemplateError for what the template does not take, or writes too much about.
         """
         if self._template is None:
             raise ChatTemplateError(
                 "this model has no chat template; use /v1/completions with a prompt"
             )
+        taken = variables.keys() & (_RESERVED | self._special_tokens.keys())
+        if taken:
+            raise ChatTemplateError(f"the template variable {min(taken)!r} cannot be set")
+        given = {"tools": list(tools)} if tools else {}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
+            pieces = self._template.generate(
+                **variables,
+                messages=messages,
+                add_generation_prompt=True,
+                **given,
+                **self._special_tokens,
             )
+            return _bounded(pieces)
+        except ChatTemplateError:
+            raise
         # A template runs arbitrary expressions over the client's messages: whatever they raise
         # (TypeError, SecurityError, ...) is about these messages.
         except Exception as error:
             raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
+
+
+def _bounded(pieces: Iterable[str]) -> str:
+    written: list[str] = []
+    num_characters = 0
+    for piece in pieces:
+        num_characters += len(piece)
+        if num_characters > MAX_PROMPT_CHARACTERS:
+            raise ChatTemplateError(
+                f"the chat template wrote more than {MAX_PROMPT_CHARACTERS} characters"
+            )
+        written.append(piece)
+    return "".join(written)
 
 
 class _Generation(Extension):

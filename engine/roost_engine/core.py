@@ -9,6 +9,11 @@
 The thread sleeps on the condition while there is nothing to do. Scheduler and pool belong to
 it; the loop only reads their counters, which are plain integers.
 
+Beside tokens a step gives log probabilities to who asked for them, and it ends what the scheduler
+does not know the end of: a stop token of the request's own, a grammar that allows nothing more.
+
+Requests whose deadline passed while they waited end with DeadlineError.
+
 A step that raises ends the thread: every request in flight fails with EngineDeadError, later
 ones are refused with it, `is_healthy` turns false, `wait_until_dead` returns, and nobody waits
 for ever. A request whose logits are no numbers fails alone (LogitsError), the others go on.
@@ -26,21 +31,37 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
-from roost_engine.request import FinishReason, Request
-from roost_engine.sampling import sample
+from roost_engine.engine_errors import (
+    DeadlineError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    EngineStoppingError,
+    LogitsError,
+)
+from roost_engine.logits import token_logprobs
+from roost_engine.request import FinishReason, Request, TokenLogprobs
+from roost_engine.retry_after import EndRate
+from roost_engine.sampling import sample, sample_plain
+from roost_engine.scheduler import Output
+from roost_engine.token_stream import TokenStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
+    import numpy.typing as npt
 
-    from roost_engine.batch import Chunk
-    from roost_engine.scheduler import Output, Scheduler
+    from roost_engine.batch import BlockCopy, Chunk
+    from roost_engine.sampling import Draw, RowEdit
+    from roost_engine.scheduler import Scheduler
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -48,91 +69,44 @@ _log = logging.getLogger(__name__)
 _STOPPING = "the engine is shutting down"
 
 
-class EngineError(Exception):
-    """A request cannot be served for a reason that is ours."""
-
-
-class EngineDeadError(EngineError):
-    """A step raised; this process computes nothing any more."""
-
-
-class EngineStoppingError(EngineError):
-    """The process is shutting down."""
-
-
-class EngineBusyError(EngineError):
-    """As many requests as may run and wait are here already; to be tried again later."""
-
-
-class LogitsError(EngineError):
-    """The model computed NaN or infinity for this request; the engine lives on."""
-
-
 class Runner(Protocol):
     """What computes a step; ModelRunner in production, a fake in tests."""
 
-    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Logits (rows, vocab) float32 of the chunks with `wants_logits`, in their order."""
+    def forward(self, chunks: Sequence[Chunk]) -> npt.ArrayLike:
+        """Logits (rows, vocab) float32 of the chunks with `wants_logits`, in their order.
+
+        Whatever numpy can view; it is read before the next call.
+        """
         ...
 
 
-class Delta(msgspec.Struct, frozen=True):
-    """Tokens that came since the last one; `finish_reason` is set on the last delta."""
+class _Sampled(msgspec.Struct, frozen=True, gc=False):
+    """An output on its way to its stream."""
 
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-
-
-class TokenStream:
-    """Tokens of one request, as an asynchronous iterator of Delta. Event loop only."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._token_ids: list[int] = []
-        self._finish_reason: FinishReason | None = None
-        self._error: EngineError | None = None
-        self._arrived = asyncio.Event()
-        self._is_over = False
-
-    def put(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> None:
-        """Add tokens; called by the core through the loop."""
-        self._token_ids += token_ids
-        self._finish_reason = finish_reason
-        self._arrived.set()
-
-    def fail(self, error: EngineError) -> None:
-        """End with an error; tokens that came before are still delivered first."""
-        self._error = error
-        self._arrived.set()
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        """Next tokens. EngineError if the engine failed before the request was finished."""
-        if self._is_over:
-            raise StopAsyncIteration
-        await self._arrived.wait()
-        self._arrived.clear()
-        if self._token_ids or self._finish_reason is not None:
-            delta = Delta(self._token_ids, self._finish_reason)
-            self._token_ids = []
-            self._is_over = delta.finish_reason is not None
-            if self._error is not None:
-                self._arrived.set()
-            return delta
-        self._is_over = True
-        assert self._error is not None
-        raise self._error
+    output: Output
+    logprobs: TokenLogprobs | None
 
 
 class EngineCore:
     """Owns the engine thread. Create, `start`, `submit` ..., `stop`."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        copy_blocks: Callable[[Sequence[BlockCopy]], None] | None = None,
+        draw: Draw = sample_plain,
+    ) -> None:
+        """`copy_blocks` executes orders of a host tier, in their order; None: there is no tier.
+
+        `draw` draws tokens from final rows of logits.
+        """
         self.scheduler = scheduler
         self._runner = runner
+        self._copy_blocks = copy_blocks
+        self._draw = draw
         self._streams: dict[str, TokenStream] = {}  # event loop only
+        self._ends = EndRate()  # event loop only
         self._wake = threading.Condition()
         self._inbox: deque[Request | str] = deque()  # under _wake; str: id to abort
         self._should_stop = False  # under _wake
@@ -187,15 +161,21 @@ class EngineCore:
         if not self._thread.is_alive():
             raise EngineDeadError("the engine thread does not run")
 
-    def check_accepts(self) -> None:
-        """EngineError if a request submitted now would be refused, whatever it is.
+    def check_accepts(self, count: int = 1) -> None:
+        """EngineError if `count` requests submitted now would be refused, whatever they are.
 
         Streams are counted, which only the loop changes: the limit is exact.
         """
         self.check_healthy()
         config = self.scheduler.config
-        if self.num_in_flight >= config.max_running + config.max_waiting:
-            raise EngineBusyError(f"{self.num_in_flight} requests are in flight already")
+        if self.num_in_flight + count > config.max_running + config.max_waiting:
+            raise EngineBusyError(
+                f"{self.num_in_flight} requests are in flight already", self.retry_after_s()
+            )
+
+    def retry_after_s(self) -> int:
+        """When who is refused now should come back; see retry_after.py."""
+        return self._ends.retry_after_s(self.num_waiting, time.monotonic())
 
     def submit(self, request: Request) -> TokenStream:
         """Queue a request; its tokens come out of the stream.
@@ -243,19 +223,33 @@ class EngineCore:
             self._inbox.append(message)
             self._wake.notify()
 
-    def _deliver(self, outputs: Sequence[Output]) -> None:
-        for output in outputs:
+    def _deliver(self, sampled: Sequence[_Sampled]) -> None:
+        now = time.monotonic()
+        for each in sampled:
+            output = each.output
             request_id = output.request.id
             stream = self._streams.get(request_id)
             if stream is None:
                 continue  # aborted while its token was computed
             if output.token_id is None:
-                stream.fail(LogitsError("the model computed no numbers (NaN or infinite logits)"))
+                stream.fail(self._why_no_token(output))
             else:
-                stream.put([output.token_id], output.finish_reason)
+                stream.put([output.token_id], output.finish_reason, each.logprobs)
             if output.finish_reason is not None:
                 del self._streams[request_id]
+                self._ends.note(now)
                 self._note_end()
+
+    def _why_no_token(self, output: Output) -> EngineError:
+        if output.finish_reason is FinishReason.ABORT:
+            waited_s = time.monotonic() - output.request.arrival_s
+            return DeadlineError(
+                f"the deadline passed while the request waited, for {waited_s:.1f} s",
+                self.retry_after_s(),
+            )
+        rules = output.request.rules
+        failure = rules.failure if rules is not None else None
+        return LogitsError(failure or "the model computed no numbers (NaN or infinite logits)")
 
     def _die(self, failure: str) -> None:
         self._failure = failure
@@ -300,21 +294,45 @@ class EngineCore:
         return True
 
     def _step(self) -> None:
+        overdue = self.scheduler.expire(time.monotonic())
+        if overdue:
+            self._call_loop(self._deliver, [_Sampled(output, None) for output in overdue])
         if not self.scheduler.has_work:
-            return  # woken by an abort
+            return  # woken by an abort, or nobody waits any more
         step = self.scheduler.schedule()
         # An empty step changes nothing, so it would be followed by empty steps for ever.
         assert step.scheduled, f"no step for {self.scheduler!r}, which has work"
-        logits = self._runner.forward(step.chunks)
+        if step.copies:
+            assert self._copy_blocks is not None, "a host tier needs somebody who copies"
+            self._copy_blocks(step.copies)
+        rows = np.asarray(self._runner.forward(step.chunks))
         requests = step.sampling
-        sampled = sample(
-            logits,
+        tokens = sample(
+            rows,
             [request.sampling for request in requests],
             [len(request.token_ids) for request in requests],
+            [_edit(request) for request in requests],
+            self._draw,
         )
-        outputs = self.scheduler.update(step, sampled)
+        logprobs = _logprobs(rows, requests, tokens)
+        outputs = [self._end_early(output) for output in self.scheduler.update(step, tokens)]
         if outputs:
-            self._call_loop(self._deliver, outputs)
+            sampled = [_Sampled(output, logprobs.get(output.request.id)) for output in outputs]
+            self._call_loop(self._deliver, sampled)
+
+    def _end_early(self, output: Output) -> Output:
+        """End a request that says itself where it ends."""
+        request, token_id = output.request, output.token_id
+        if token_id is None or output.finish_reason is not None:
+            return output
+        rules = request.rules
+        is_over = token_id in request.sampling.stop_token_ids or (
+            rules is not None and rules.is_complete(request.token_ids, request.num_prompt_tokens)
+        )
+        if not is_over:
+            return output
+        self.scheduler.abort(request.id)
+        return Output(request, token_id, FinishReason.STOP)
 
     def _call_loop(self, function: Callable[[_T], None], argument: _T) -> None:
         assert self._loop is not None
@@ -322,3 +340,25 @@ class EngineCore:
             self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:  # the loop was closed under us, so nobody listens any more
             self._should_stop = True
+
+
+def _edit(request: Request) -> RowEdit | None:
+    """What changes the request's row before sampling."""
+    if request.rules is None:
+        return None
+    return partial(
+        request.rules.apply,
+        token_ids=request.token_ids,
+        num_prompt_tokens=request.num_prompt_tokens,
+    )
+
+
+def _logprobs(
+    rows: npt.NDArray[np.float32], requests: Sequence[Request], tokens: Sequence[int | None]
+) -> dict[str, TokenLogprobs]:
+    """Log probabilities of those who asked for them, by request id."""
+    return {
+        request.id: token_logprobs(row, token_id, request.sampling.logprobs)
+        for row, request, token_id in zip(rows, requests, tokens, strict=True)
+        if request.sampling.logprobs is not None and token_id is not None
+    }

@@ -1,15 +1,16 @@
 """Front end: from a valid API request to text, through tokenizer and engine core.
 
-    ApiRequest --template, encode--> token ids --core--> tokens --detokenise, stop strings--> text
+    ApiRequest --template, encode--> token ids --core--> tokens --generation.py--> text
 
 Rendering and encoding of long prompts happen in a worker thread: 16 KB cost about 6 ms, which
-no other stream should wait for. What cannot fit the context whatever its tokens are is refused
-before either.
+no other stream should wait for. So does compiling a grammar. What cannot fit the context whatever
+its tokens are is refused before either.
 
-Invariant: whoever gets a Generation closes it; closing one that is not finished aborts the
-request in the engine and frees its blocks.
+Choices of a request are requests of the engine like any others, submitted all or none; that they
+share a prompt is found by the prefix cache.
 
-Not here: what a body looks like (openai_api.py, responses.py), HTTP (server.py).
+Not here: what a body looks like (openai_api.py, responses.py), the life of an answer
+(generation.py), HTTP (server.py).
 """
 
 from __future__ import annotations
@@ -17,105 +18,44 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from roost_engine.api_body import invalid
+from roost_engine.api_errors import ApiError
 from roost_engine.chat import ChatTemplateError
-from roost_engine.core import EngineError
-from roost_engine.openai_api import ApiError, Chat, TextPrompt, TokenPrompt, check_context
-from roost_engine.request import FinishReason, Request, SamplingParams
-from roost_engine.responses import Usage
-from roost_engine.text_stream import TextStream
-from roost_engine.tokenizer import Detokenizer
+from roost_engine.chat_api import Chat
+from roost_engine.generation import Generation, Generations
+from roost_engine.grammar import GrammarCompiler
+from roost_engine.logits import row_rules
+from roost_engine.openai_api import (
+    TextPrompt,
+    TokenPrompt,
+    check_context,
+    num_prompt_characters,
+)
+from roost_engine.request import Request
+from roost_engine.structured_api import check_size
+from roost_engine.tool_calls import explain_tools, tool_grammar
+from roost_engine.tool_parser import tool_parser
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Callable, Iterable
 
     from roost_engine.chat import ChatTemplate
-    from roost_engine.core import Delta, EngineCore, TokenStream
-    from roost_engine.metrics import EngineMetrics, RequestTimes
-    from roost_engine.openai_api import ApiRequest, Message
+    from roost_engine.core import EngineCore
+    from roost_engine.grammar import GrammarState
+    from roost_engine.metrics import EngineMetrics
+    from roost_engine.openai_api import ApiRequest, Prompt
+    from roost_engine.request import SamplingParams
+    from roost_engine.tokenize_api import DetokenizeRequest, TokenizeRequest
     from roost_engine.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
 
 # Characters above which a prompt is encoded in a worker thread; below it the hop costs more.
 _LONG_PROMPT_CHARACTERS = 4096
-
-
-class Piece(msgspec.Struct, frozen=True):
-    """Text that may be shown, possibly none; `finish_reason` is set on the last piece."""
-
-    text: str
-    finish_reason: FinishReason | None
-
-
-class Generation:
-    """The answer to one request while it comes into being. Close it in any case."""
-
-    def __init__(
-        self, core: EngineCore, stream: TokenStream, tokenizer: Tokenizer, times: RequestTimes
-    ) -> None:
-        self.num_completion_tokens = 0
-        self._core = core
-        self._stream = stream
-        self._times = times
-        self._detokenizer = Detokenizer(tokenizer)
-        self._text = TextStream(stream.request.sampling.stop)
-        self._is_over = False
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far; `cached_tokens` is known from the first piece on."""
-        request = self._stream.request
-        return Usage(
-            request.num_prompt_tokens, self.num_completion_tokens, request.num_cached_tokens or 0
-        )
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The text as it comes; the first piece comes with the first token.
-
-        EngineError if the engine fails before the end.
-        """
-        try:
-            async for delta in self._stream:
-                self._times.note_tokens(len(delta.token_ids), time.monotonic())
-                piece = self._read(delta)
-                if piece.finish_reason is not None:
-                    self._end(piece.finish_reason)
-                yield piece
-                if self._is_over:
-                    return
-        except EngineError:
-            self._end(FinishReason.ERROR)
-            raise
-
-    def close(self) -> None:
-        """Abort the request unless it has ended. Idempotent."""
-        if not self._is_over:
-            self._end(FinishReason.ABORT)
-
-    def _read(self, delta: Delta) -> Piece:
-        text = ""
-        for index, token_id in enumerate(delta.token_ids):
-            self.num_completion_tokens += 1
-            is_last = index == len(delta.token_ids) - 1
-            if is_last and delta.finish_reason is FinishReason.STOP:
-                break  # the end-of-sequence token itself is not text
-            text += self._text.push(self._detokenizer.push(token_id))
-            if self._text.stopped:
-                return Piece(text, FinishReason.STOP)
-        if delta.finish_reason is None:
-            return Piece(text, None)
-        text += self._text.push(self._detokenizer.flush())
-        if self._text.stopped:
-            return Piece(text, FinishReason.STOP)
-        return Piece(text + self._text.flush(), delta.finish_reason)
-
-    def _end(self, reason: FinishReason) -> None:
-        self._is_over = True
-        # After a stop string or a disconnect the engine is still at it; else this does nothing.
-        self._core.abort(self._stream.request.id)
-        self._times.note_end(reason, time.monotonic())
 
 
 class Frontend:
@@ -137,6 +77,7 @@ class Frontend:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._chat = chat
+        self._grammars = GrammarCompiler(tokenizer)
 
     @property
     def max_model_len(self) -> int:
@@ -153,38 +94,106 @@ class Frontend:
                 code="model_not_found",
             )
 
-    async def start(self, asked: ApiRequest, request_id: str) -> Generation:
+    async def start(
+        self, asked: ApiRequest, request_id: str, timeout_s: float | None = None
+    ) -> Generations:
         """Queue a request. ApiError if it is refused, EngineError if the engine cannot take it.
 
-        The caller must close the generation.
+        `timeout_s`: how long it may wait before it is computed. The caller must close what it gets.
         """
         arrival_s = time.monotonic()
         self.check_model(asked.model)
-        self.core.check_accepts()
-        fewest_tokens = self._fewest_tokens(asked)
-        if fewest_tokens >= self.max_model_len:
-            check_context(asked, fewest_tokens, self.max_model_len, is_exact=False)  # refuses
-        prompt_ids = await self._encode(asked)
-        max_tokens = check_context(asked, len(prompt_ids), self.max_model_len)
-        sampling = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-            stop=asked.stop,
-            ignore_eos=asked.ignore_eos,
-        )
-        stream = self.core.submit(Request(request_id, prompt_ids, sampling, arrival_s))
-        times = self.metrics.start_request(arrival_s)
-        return Generation(self.core, stream, self._tokenizer, times)
+        self.core.check_accepts(asked.num_choices)
+        self._check_vocabulary("logit_bias", asked.sampling.logit_bias)
+        self._check_vocabulary("stop_token_ids", asked.sampling.stop_token_ids)
+        for prompt in asked.prompts:
+            fewest_tokens = self._fewest_tokens(prompt)
+            if fewest_tokens >= self.max_model_len:
+                check_context(asked, fewest_tokens, self.max_model_len, is_exact=False)  # refuses
+        prompts = [await self._encode(prompt) for prompt in asked.prompts]
+        limits = [check_context(asked, len(ids), self.max_model_len) for ids in prompts]
+        grammars = await self._compile(asked)
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        requests = []
+        for index in range(asked.num_choices):
+            prompt_index = index // asked.n
+            sampling = msgspec.structs.replace(
+                asked.sampling, max_tokens=limits[prompt_index], seed=seed + index
+            )
+            requests.append(
+                Request(
+                    f"{request_id}-{index}",
+                    prompts[prompt_index],
+                    sampling,
+                    arrival_s,
+                    priority=asked.priority,
+                    deadline_s=None if timeout_s is None else arrival_s + timeout_s,
+                    rules=row_rules(sampling, self._end_ids(sampling), grammars[index]),
+                )
+            )
+        return self._submit(requests, asked)
 
-    def _fewest_tokens(self, asked: ApiRequest) -> int:
+    async def tokenize(self, asked: TokenizeRequest) -> tuple[list[int], list[str] | None]:
+        """Token ids, and their entries in the vocabulary if they were asked for. ApiError."""
+        if asked.model is not None:
+            self.check_model(asked.model)
+        prompt, adds = asked.prompt, asked.add_special_tokens
+        is_long = isinstance(prompt, Chat) or len(prompt) > _LONG_PROMPT_CHARACTERS
+        ids = await self._run(
+            is_long,
+            lambda: self._tokenizer.encode(
+                self._render(prompt) if isinstance(prompt, Chat) else prompt,
+                add_special_tokens=adds,
+            ),
+        )
+        names = [self._tokenizer.vocabulary_entry(token_id) for token_id in ids]
+        return ids, names if asked.return_token_strs else None
+
+    def detokenize(self, asked: DetokenizeRequest) -> str:
+        """Text of tokens, special ones included. ApiError for ids that do not exist."""
+        if asked.model is not None:
+            self.check_model(asked.model)
+        self._check_vocabulary("tokens", asked.tokens)
+        return b"".join(map(self._tokenizer.spelled_bytes, asked.tokens)).decode(errors="replace")
+
+    def _submit(self, requests: list[Request], asked: ApiRequest) -> Generations:
+        """All requests or none."""
+        self.core.check_accepts(len(requests))
+        choices: list[Generation] = []
+        use = asked.tool_use
+        for request in requests:
+            parser = None if use is None else tool_parser(self._chat.tool_format, use)
+            tools = None if use is None or parser is None else (use, parser)
+            stream = self.core.submit(request)
+            times = self.metrics.start_request(request.arrival_s)
+            choices.append(Generation(self.core, stream, self._tokenizer, times, tools))
+        return Generations(choices, asked.n)
+
+    def _end_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """Tokens that end the answer."""
+        if sampling.ignore_eos:
+            return sampling.stop_token_ids
+        return sampling.stop_token_ids | self._tokenizer.eos_token_ids
+
+    async def _compile(self, asked: ApiRequest) -> list[GrammarState | None]:
+        """The grammar's start for each choice, if there is one. ApiError if it is no grammar."""
+        spec = asked.grammar
+        if asked.tool_use is not None:
+            spec = tool_grammar(self._chat.tool_format, asked.tool_use)
+        if spec is None:
+            return [None] * asked.num_choices
+        check_size(spec)
+        first = self._grammars.try_cached(spec)
+        if first is None:
+            first = await asyncio.to_thread(self._grammars.compile, spec)
+        return [first, *(first.fresh_copy() for _ in range(asked.num_choices - 1))]
+
+    def _fewest_tokens(self, prompt: Prompt) -> int:
         """Number of tokens that the prompt has at least, known without rendering or encoding.
 
         Every message of a chat takes a token, if only to mark its turn.
         """
-        match asked.prompt:
+        match prompt:
             case Chat(messages):
                 text = "".join(message.content for message in messages)
                 return max(len(messages), self._tokenizer.fewest_tokens(text))
@@ -193,38 +202,43 @@ class Frontend:
             case TokenPrompt(token_ids):
                 return len(token_ids)
 
-    async def _encode(self, asked: ApiRequest) -> list[int]:
+    async def _encode(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt, at least one."""
-        if asked.num_prompt_characters > _LONG_PROMPT_CHARACTERS:
-            ids = await asyncio.to_thread(self._encode_now, asked)
-        else:
-            ids = self._encode_now(asked)
+        is_long = num_prompt_characters(prompt) > _LONG_PROMPT_CHARACTERS
+        ids = await self._run(is_long, lambda: self._encode_now(prompt))
         if not ids:
-            raise ApiError(400, "The prompt is empty.", param="prompt", code="invalid_value")
+            raise invalid("prompt", "The prompt is empty.")
         return ids
 
-    def _encode_now(self, asked: ApiRequest) -> list[int]:
-        match asked.prompt:
-            case Chat(messages):
-                return self._tokenizer.encode(self._render(messages))
+    async def _run(self, is_long: bool, work: Callable[[], _T]) -> _T:
+        return await asyncio.to_thread(work) if is_long else work()
+
+    def _encode_now(self, prompt: Prompt) -> list[int]:
+        match prompt:
+            case Chat():
+                return self._tokenizer.encode(self._render(prompt))
             case TextPrompt(text):
                 return self._tokenizer.encode(text, add_special_tokens=True)
             case TokenPrompt(token_ids):
-                self._check_token_ids(token_ids)
+                self._check_vocabulary("prompt", token_ids)
                 return token_ids
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, chat: Chat) -> str:
+        messages, tools = chat.messages, chat.tools
+        if not self._chat.takes_tools:
+            messages, tools = explain_tools(messages, tools), []
         try:
-            return self._chat.render([msgspec.structs.asdict(message) for message in messages])
+            return self._chat.render(
+                [msgspec.to_builtins(message) for message in messages],
+                tools=tools,
+                variables=chat.template_variables,
+            )
         except ChatTemplateError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+            raise invalid("messages", str(error)) from None
 
-    def _check_token_ids(self, token_ids: list[int]) -> None:
-        largest = max(token_ids)
+    def _check_vocabulary(self, param: str, token_ids: Iterable[int]) -> None:
+        largest = max(token_ids, default=0)
         if largest >= self._vocab_size:
-            raise ApiError(
-                400,
-                f"Token id {largest} is not in the vocabulary of {self._vocab_size}.",
-                param="prompt",
-                code="invalid_value",
+            raise invalid(
+                param, f"Token id {largest} is not in the vocabulary of {self._vocab_size}."
             )

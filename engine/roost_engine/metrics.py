@@ -5,7 +5,8 @@ plain integers and does not know this module. Only the latency histograms are fe
 through RequestTimes, which the front end tells of every delta.
 
 Beside vLLM's names: `roost_engine:prefill_tokens` (prompt tokens computed, that is not taken
-from the cache, recomputation included) and `roost_engine:free_blocks`.
+from the cache, recomputation included), `roost_engine:free_blocks` and
+`roost_engine:expired_requests` (refused because their deadline passed while they waited).
 
 Invariants: one registry per replica, nothing global; all series carry model_name and engine.
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS: Final = "roost_engine:prefill_tokens"
 FREE_BLOCKS: Final = "roost_engine:free_blocks"
+EXPIRED_REQUESTS: Final = "roost_engine:expired_requests"
 
 # Seconds. vLLM's buckets, thinned out where a decision would not change.
 _TTFT_BUCKETS: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 80)
@@ -139,6 +141,7 @@ class _EngineCollector(Collector):
         )
         yield self._counter(names.NUM_PREEMPTIONS, "Preemptions.", counters.preemptions)
         yield self._counter(PREFILL_TOKENS, "Prompt tokens computed.", counters.prefill_tokens)
+        yield self._counter(EXPIRED_REQUESTS, "Deadlines passed in the queue.", counters.expired)
 
     def _gauge(self, name: str, documentation: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, documentation, labels=_LABELS)

@@ -16,7 +16,7 @@ Not here: text and stop strings (text_stream.py), block accounting (blocks.py), 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -45,27 +45,77 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen and when to stop. Ranges are checked where requests are parsed."""
 
     max_tokens: int
+    min_tokens: int = 0  # no end-of-sequence, stop token or stop string before
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # (0, 1]
     top_k: int = 0  # 0: no limit
+    min_p: float = 0.0  # least probability, as a share of the most likely token's
     seed: int = 0  # with the position it fixes the sampled token, see sampling.py
+    presence_penalty: float = 0.0  # penalties: logits.py
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
     stop: tuple[str, ...] = ()  # applied to text by text_stream.py, not by the scheduler
+    stop_token_ids: frozenset[int] = frozenset()  # applied by core.py
+    include_stop_in_output: bool = False
+    skip_special_tokens: bool = True  # in the text that clients see
     ignore_eos: bool = False  # go on after an end-of-sequence token
+    logprobs: int | None = None  # how many alternatives are told with each token; None: nothing
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities at one position, of the model's own distribution."""
+
+    logprob: float  # of the token that was sampled
+    top: list[tuple[int, float]]  # the most likely tokens, most likely first
+
+
+class TokenRules(Protocol):
+    """What changes a request's logits before sampling; a function of its tokens. See logits.py."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it cannot say what comes next; None: it can."""
+        ...
+
+    def apply(self, row: Any, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Change the logits of the token after `token_ids`, in place."""
+        ...
+
+    def is_complete(self, token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
+        """Whether nothing may follow `token_ids`."""
+        ...
 
 
 class Request:
     """One sequence being generated."""
 
     def __init__(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, arrival_s: float
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        arrival_s: float,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
-        """`arrival_s` is monotonic. ValueError if the prompt is empty."""
+        """`arrival_s` and `deadline_s` are monotonic. ValueError if the prompt is empty."""
         if not prompt_ids:
             raise ValueError("a prompt has at least one token")
         self.id = request_id
         self.sampling = sampling
         self.arrival_s = arrival_s
+        #: Lower runs first, as in vLLM; equal ones in order of arrival.
+        self.priority = priority
+        #: Still waiting then, it is refused: whoever asked has given up. None: waits for ever.
+        self.deadline_s = deadline_s
+        #: None: logits are sampled as they are. Belongs to this request alone.
+        self.rules = rules
         self.token_ids = list(prompt_ids)
+        #: Tokens from here on are output: penalties, `min_tokens`, grammars and the limit count
+        #: them. To continue an answer elsewhere, its output so far must stay beyond this mark.
         self.num_prompt_tokens = len(self.token_ids)
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None

@@ -2,11 +2,14 @@
 
 One Answer per request; chat and text completions differ only in where the text goes.
 
-    chat stream         role chunk, text chunks, finish chunk, [usage chunk,] [DONE]
-    completion stream              text chunks, finish chunk, [usage chunk,] [DONE]
+    chat stream         role chunks, content and tool call chunks, finish chunks, [usage,] [DONE]
+    completion stream                text chunks, finish chunks, [usage,] [DONE]
 
-Invariants: all chunks of a stream carry one id, model and creation time; with
-`include_usage` every chunk but the usage chunk has `usage: null`, as OpenAI sends it.
+With several choices their chunks come as they are made, each with its `index`.
+
+Invariants: all chunks of a stream carry one id, model and creation time; with `include_usage`
+every chunk but the usage chunk has `usage: null`, as OpenAI sends it, or with
+`continuous_usage` the tokens so far, as vLLM does.
 
 Not here: request bodies and errors (openai_api.py), sending (server.py).
 """
@@ -17,15 +20,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from roost_engine.logprobs_json import ShownToken, chat_logprobs, completion_logprobs
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from roost_engine.openai_api import Endpoint
+    from roost_engine.tool_parser import ToolDelta
 
 #: Last event of a complete stream.
 DONE: Final = b"data: [DONE]\n\n"
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a request."""
+    """Tokens of a request, over all choices; a prompt counts once, however many answers it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -41,6 +49,36 @@ class Usage(msgspec.Struct, frozen=True):
         }
 
 
+class Piece(msgspec.Struct, frozen=True):
+    """What may be shown next of one choice, possibly nothing."""
+
+    text: str = ""
+    tool_deltas: Sequence[ToolDelta] = ()
+    tokens: Sequence[ShownToken] = ()  # if log probabilities were asked for
+    finish_reason: str | None = None  # in OpenAI's words, on the last piece
+    stop_reason: str | int | None = None  # stop string or stop token that ended it
+
+
+class Choice:
+    """All pieces of one choice, put together."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens: list[ShownToken] = []
+        self.calls: list[list[str]] = []  # name, arguments
+        self.last = Piece()
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.last = piece
+        for delta in piece.tool_deltas:
+            if delta.name is not None:
+                self.calls.append([delta.name, ""])
+            self.calls[-1][1] += delta.arguments
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Builds the bodies of one answer."""
 
@@ -48,38 +86,49 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str
     created: int  # seconds since 1970
+    call_id: str = ""  # what ids of tool calls begin with; unique to the answer
+    num_choices: int = 1
     include_usage: bool = False
+    continuous_usage: bool = False
 
-    def whole(self, text: str, finish_reason: str, usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """Body of a response that is not streamed."""
-        if self.endpoint == "chat":
-            message = {"role": "assistant", "content": text, "refusal": None}
-            content: dict[str, Any] = {"message": message}
-        else:
-            content = {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        shown = [self._whole_choice(index, choice) for index, choice in enumerate(choices)]
         kind = "chat.completion" if self.endpoint == "chat" else "text_completion"
-        return msgspec.json.encode(self._frame(kind, [choice]) | {"usage": usage.as_json()})
+        return msgspec.json.encode(self._frame(kind, shown) | {"usage": usage.as_json()})
 
-    def head_event(self) -> bytes:
-        """What a stream starts with: the role chunk of a chat, else nothing."""
+    def head_event(self, usage: Usage) -> bytes:
+        """What a stream starts with: the role chunks of a chat, else nothing."""
         if self.endpoint != "chat":
             return b""
-        return self._event({"delta": {"role": "assistant", "content": ""}}, None)
+        delta = {"delta": {"role": "assistant", "content": ""}}
+        return b"".join(self._event(index, delta, usage) for index in range(self.num_choices))
 
-    def text_event(self, text: str) -> bytes:
-        """A piece of text; nothing if it is empty."""
-        if not text:
+    def piece_events(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        """The chunks of a piece, the finish chunk if it is the last; maybe nothing."""
+        events = self.text_event(index, piece, usage)
+        if piece.finish_reason is not None:
+            events += self.finish_event(index, piece, usage)
+        return events
+
+    def text_event(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        """Text, tool calls and log probabilities of a piece; nothing if it has none."""
+        if not (piece.text or piece.tool_deltas or piece.tokens):
             return b""
-        if self.endpoint == "chat":
-            return self._event({"delta": {"content": text}}, None)
-        return self._event({"text": text}, None)
+        if self.endpoint == "completion":
+            return self._event(index, {"text": piece.text}, usage, tokens=piece.tokens)
+        delta: dict[str, Any] = {}
+        if piece.text or not piece.tool_deltas:
+            delta["content"] = piece.text
+        if piece.tool_deltas:
+            delta["tool_calls"] = [self._tool_delta(index, each) for each in piece.tool_deltas]
+        return self._event(index, {"delta": delta}, usage, tokens=piece.tokens)
 
-    def finish_event(self, finish_reason: str) -> bytes:
-        """The chunk that says why the answer ended."""
-        if self.endpoint == "chat":
-            return self._event({"delta": {}}, finish_reason)
-        return self._event({"text": ""}, finish_reason)
+    def finish_event(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        """The chunk that says why a choice ended."""
+        content: dict[str, Any] = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
+        end = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        return self._event(index, content, usage, end=end)
 
     def usage_event(self, usage: Usage) -> bytes:
         """The chunk with the usage and no choices, if it was asked for."""
@@ -87,11 +136,60 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
             return b""
         return sse_event(msgspec.json.encode(self._chunk([]) | {"usage": usage.as_json()}))
 
-    def _event(self, content: dict[str, Any], finish_reason: str | None) -> bytes:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-        chunk = self._chunk([choice])
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": choice.text}
+        if self.endpoint == "chat":
+            calls = [
+                {
+                    "id": self._call_id(index, place),
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for place, (name, arguments) in enumerate(choice.calls)
+            ]
+            text = choice.text or (None if calls else "")
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message | ({"tool_calls": calls} if calls else {})}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.last.finish_reason,
+            "stop_reason": choice.last.stop_reason,
+        }
+
+    def _tool_delta(self, index: int, delta: ToolDelta) -> dict[str, Any]:
+        if delta.name is None:
+            return {"index": delta.index, "function": {"arguments": delta.arguments}}
+        return {
+            "index": delta.index,
+            "id": self._call_id(index, delta.index),
+            "type": "function",
+            "function": {"name": delta.name, "arguments": delta.arguments},
+        }
+
+    def _call_id(self, index: int, place: int) -> str:
+        return f"call_{self.call_id}{index:02x}{place:02x}"
+
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        return chat_logprobs(tokens) if self.endpoint == "chat" else completion_logprobs(tokens)
+
+    def _event(
+        self,
+        index: int,
+        content: dict[str, Any],
+        usage: Usage,
+        *,
+        tokens: Sequence[ShownToken] = (),
+        end: dict[str, Any] | None = None,
+    ) -> bytes:
+        logprobs = self._logprobs(tokens)
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": None}
+        chunk = self._chunk([choice | (end or {})])
         if self.include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = usage.as_json() if self.continuous_usage else None
         return sse_event(msgspec.json.encode(chunk))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

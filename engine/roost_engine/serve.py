@@ -20,25 +20,32 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-import torch
 from aiohttp import web
 
+from roost_engine.backend import (
+    BackendError,
+    BackendOptions,
+    KernelChoice,
+    build_backend,
+    kv_bytes_per_token,
+    weight_bytes,
+)
 from roost_engine.batch import Chunk
 from roost_engine.blocks import BlockPool
 from roost_engine.config import CacheConfig, ModelConfig, SchedulerConfig
-from roost_engine.core import EngineCore, EngineDeadError
+from roost_engine.core import EngineCore
+from roost_engine.engine_errors import EngineDeadError
 from roost_engine.frontend import Frontend
 from roost_engine.loader import ModelFileError, load_model
 from roost_engine.metrics import EngineMetrics
-from roost_engine.runner import ModelRunner, kv_bytes_per_token
+from roost_engine.native_runner import WeightFormat
 from roost_engine.scheduler import Scheduler
 from roost_engine.server import build_app, build_runner
 
 _DEFAULT_MAX_MODEL_LEN = 8192
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,9 +54,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str  # nickname, .gguf file or Hugging Face folder
     host: str = "127.0.0.1"
     port: int = 8101  # 0: any free one, shown in the ready line
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: half the memory, less exact
-    threads: int | None = None  # of torch; None: one for each core
+    weights: WeightFormat = "stored"  # in memory; stored: 4- and 8-bit blocks as in the file
+    kernels: KernelChoice = "auto"  # native where a compiler is, else torch
+    threads: int | None = None  # None: one for each core
     kv_tokens: int = 65536  # capacity of the KV cache; more keeps more conversations warm
+    host_kv_tokens: int = 0  # evicted KV kept in host memory beside it
     block_size: int = 16  # tokens
     max_model_len: int | None = None  # None: what the model was trained for, at most 8192
     max_step_tokens: int = 512  # larger prefills faster, delays decodes more
@@ -88,6 +97,7 @@ class Replica(msgspec.Struct, frozen=True):
 
     frontend: Frontend
     kv_cache_bytes: int
+    computes_with: str
 
 
 def build_replica(config: ServeConfig) -> Replica:
@@ -95,21 +105,30 @@ def build_replica(config: ServeConfig) -> Replica:
 
     ServeError or ModelFileError if the options do not fit the model.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    dtype = _DTYPES[config.dtype]
-    model = load_model(config.model, dtype)
+    model = load_model(config.model)
     try:
         cache, limits = _limits(config, model.config)
     except ValueError as error:
         raise ServeError(str(error)) from None
-    kv_cache_bytes = cache.num_tokens * kv_bytes_per_token(model.config, dtype)
-    _check_memory(kv_cache_bytes, sum(weight.nbytes for weight in model.weights.values()))
-    runner = ModelRunner(model, cache)
-    # The first step is several times slower than the next ones; no client should pay for it.
-    runner.forward([Chunk(token_ids=[0], start=0, block_table=[0], wants_logits=True)])
-    pool = BlockPool(cache.num_blocks, cache.block_size)
-    core = EngineCore(Scheduler(limits, pool, model.config.eos_token_ids), runner)
+    block_bytes = kv_bytes_per_token(model.config, config.weights) * cache.block_size
+    kv_cache_bytes = cache.num_blocks * block_bytes
+    host_bytes = cache.num_host_blocks * block_bytes
+    _check_memory(kv_cache_bytes + host_bytes, weight_bytes(model, config.weights))
+    options = BackendOptions(
+        kernels=config.kernels,
+        weights=config.weights,
+        num_threads=config.threads,
+        max_step_tokens=limits.max_step_tokens,
+    )
+    try:
+        backend = build_backend(model, cache, options)
+    except BackendError as error:
+        raise ServeError(str(error)) from None
+    # The first step is slower than the next ones; no client should pay for it.
+    backend.runner.forward([Chunk(token_ids=[0], start=0, block_table=[0], wants_logits=True)])
+    pool = BlockPool(cache.num_blocks, cache.block_size, num_host_blocks=cache.num_host_blocks)
+    scheduler = Scheduler(limits, pool, model.config.eos_token_ids)
+    core = EngineCore(scheduler, backend.runner, backend.copy_blocks, backend.draw)
     name = config.served_model_name or model.name
     frontend = Frontend(
         model_name=name,
@@ -119,7 +138,7 @@ def build_replica(config: ServeConfig) -> Replica:
         core=core,
         metrics=EngineMetrics(name, core),
     )
-    return Replica(frontend, kv_cache_bytes)
+    return Replica(frontend, kv_cache_bytes, backend.description)
 
 
 def _limits(config: ServeConfig, model: ModelConfig) -> tuple[CacheConfig, SchedulerConfig]:
@@ -134,7 +153,9 @@ def _limits(config: ServeConfig, model: ModelConfig) -> tuple[CacheConfig, Sched
             f"{max_model_len} tokens; raise the former or lower the latter"
         )
     cache = CacheConfig(
-        num_blocks=-(-config.kv_tokens // config.block_size), block_size=config.block_size
+        num_blocks=-(-config.kv_tokens // config.block_size),
+        block_size=config.block_size,
+        num_host_blocks=-(-config.host_kv_tokens // config.block_size),
     )
     limits = SchedulerConfig(
         max_step_tokens=config.max_step_tokens,
@@ -155,7 +176,7 @@ def _check_memory(kv_cache_bytes: int, weights_bytes: int) -> None:
         raise ServeError(
             f"the KV cache would take {_gigabytes(kv_cache_bytes)} beside weights of "
             f"{_gigabytes(weights_bytes)}, this machine has {_gigabytes(memory_bytes)} in all; "
-            f"lower kv_tokens, or use dtype bfloat16"
+            f"lower kv_tokens"
         )
 
 
@@ -209,7 +230,7 @@ def _announce(replica: Replica, listener: socket.socket) -> None:
     sys.stdout.write(
         f"ready: {frontend.model_name} on http://{address}:{port} "
         f"(context {frontend.max_model_len} tokens, KV cache {kv_tokens} tokens, "
-        f"{_gigabytes(replica.kv_cache_bytes)})\n"
+        f"{_gigabytes(replica.kv_cache_bytes)}; {replica.computes_with})\n"
     )
     sys.stdout.flush()
 

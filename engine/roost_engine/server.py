@@ -1,7 +1,9 @@
 """HTTP shell of a replica: OpenAI's endpoints, health and metrics. Decides nothing.
 
     POST /v1/chat/completions, /v1/completions    GET /v1/models, /v1/models/{id}
-    GET  /health, /metrics, /version
+    POST /tokenize, /detokenize                   GET /health, /metrics, /version
+    POST /v1/embeddings                           400: this engine has no embeddings; not 501,
+                                                  which the openai SDK would send again
 
 Once the engine is dead or stopping, /health and /v1/models are 503: whoever watches either does
 not send requests here.
@@ -9,6 +11,10 @@ not send requests here.
 The head of a stream is sent with its first token: an error before that is a proper HTTP error,
 and the head can tell how much of the prompt was cached (roost_wire.headers). An error after it,
 also one nobody thought of, is one event with an `error` object, no [DONE], and no second head.
+
+`x-request-timeout-s: 2.5` is a deadline: a request that still waits then is refused (429). One
+that is being computed goes on; a client that has given up closes its connection. 429 and 503 tell
+in `Retry-After` when to come back (retry_after.py).
 
 Bodies are taken as they are: a Content-Encoding is refused (415), and `build_runner` keeps
 aiohttp from decoding one before that.
@@ -19,7 +25,7 @@ any time, streaming or not.
 Invariants: every error has a JSON body, every response an x-request-id. The exception is
 malformed HTTP, which aiohttp answers itself (400, text/plain, connection closed).
 
-Not here: bodies (openai_api.py, responses.py), the life of a generation (frontend.py).
+Not here: bodies (openai_api.py, responses.py), the life of an answer (generation.py).
 """
 
 from __future__ import annotations
@@ -36,14 +42,18 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from aiohttp import web
 
-from roost_engine.core import EngineBusyError, EngineError, LogitsError
-from roost_engine.openai_api import ApiError, error_body, parse_chat, parse_completion
-from roost_engine.responses import DONE, Answer, model_list, model_object, sse_event
+from roost_engine.api_errors import ApiError, error_body
+from roost_engine.engine_errors import DeadlineError, EngineBusyError, EngineError, LogitsError
+from roost_engine.openai_api import parse_chat, parse_completion
+from roost_engine.responses import DONE, Answer, Choice, model_list, model_object, sse_event
+from roost_engine.tokenize_api import parse_detokenize, parse_tokenize, tokenize_answer
 from roost_wire import headers
 
 if TYPE_CHECKING:
-    from roost_engine.frontend import Frontend, Generation, Piece
+    from roost_engine.frontend import Frontend
+    from roost_engine.generation import Generations
     from roost_engine.openai_api import ApiRequest
+    from roost_engine.responses import Usage
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,6 +62,8 @@ MAX_BODY_BYTES: Final = 32 * 1024 * 1024
 _log = logging.getLogger(__name__)
 
 _GIVEN_REQUEST_ID: Final = re.compile(headers.REQUEST_ID_PATTERN)
+# Seconds, less than twelve days; no sign, no exponent, no "inf".
+_TIMEOUT: Final = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
 _IS_HEAD_SENT: Final = web.RequestKey("is_head_sent", bool)
 _DEFECT: Final = "Internal error of the replica."
@@ -69,6 +81,9 @@ def build_app(frontend: Frontend) -> web.Application:
         [
             web.post("/v1/chat/completions", endpoints.chat),
             web.post("/v1/completions", endpoints.completion),
+            web.post("/v1/embeddings", endpoints.embeddings),
+            web.post("/tokenize", endpoints.tokenize),
+            web.post("/detokenize", endpoints.detokenize),
             web.get("/v1/models", endpoints.models),
             web.get("/v1/models/{name:.+}", endpoints.model),
             web.get("/health", endpoints.health),
@@ -103,6 +118,23 @@ class _Endpoints:
     async def completion(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, parse_completion(await _read(request)))
 
+    async def embeddings(self, _request: web.Request) -> web.Response:
+        raise ApiError(
+            400,
+            "This replica serves a text generation model and has no embeddings; send them to a "
+            "server with an embedding model.",
+            code="unsupported_endpoint",
+        )
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        asked = parse_tokenize(await _read(request))
+        tokens, texts = await self._frontend.tokenize(asked)
+        return _json(tokenize_answer(tokens, texts, self._frontend.max_model_len))
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        text = self._frontend.detokenize(parse_detokenize(await _read(request)))
+        return _json(msgspec.json.encode({"prompt": text}))
+
     async def models(self, _request: web.Request) -> web.Response:
         frontend = self._frontend
         frontend.core.check_healthy()
@@ -129,19 +161,23 @@ class _Endpoints:
 
     async def _generate(self, request: web.Request, asked: ApiRequest) -> web.StreamResponse:
         # The id inside the engine is our own: clients may send one id twice.
-        generation = await self._frontend.start(asked, uuid.uuid4().hex)
+        internal_id = uuid.uuid4().hex
+        generations = await self._frontend.start(asked, internal_id, _timeout_s(request))
         prefix = "chatcmpl-" if asked.endpoint == "chat" else "cmpl-"
         answer = Answer(
             endpoint=asked.endpoint,
             id=prefix + request[_REQUEST_ID],
             model=asked.model,
             created=_unix_time(),
+            call_id=internal_id[:20],
+            num_choices=asked.num_choices,
             include_usage=asked.include_usage,
+            continuous_usage=asked.continuous_usage,
         )
-        with contextlib.closing(generation):
+        with contextlib.closing(generations):
             if asked.stream:
-                return await _stream(request, generation, answer)
-            return await _answer_whole(generation, answer)
+                return await _stream(request, generations, answer)
+            return await _answer_whole(generations, answer)
 
 
 async def _read(request: web.Request) -> bytes:
@@ -156,26 +192,41 @@ async def _read(request: web.Request) -> bytes:
     return await request.read()
 
 
-async def _answer_whole(generation: Generation, answer: Answer) -> web.Response:
-    text, finish_reason = "", ""
-    async for piece in generation.pieces():
-        text += piece.text
-        finish_reason = piece.finish_reason or ""
-    body = answer.whole(text, finish_reason, generation.usage)
-    return _json(body, extra=_usage_headers(generation))
+def _timeout_s(request: web.Request) -> float | None:
+    """How long the request may wait, if its head says so. ApiError if it does not say it well."""
+    given = request.headers.get(headers.REQUEST_TIMEOUT)
+    if given is None:
+        return None
+    if not _TIMEOUT.fullmatch(given) or float(given) <= 0:
+        raise ApiError(
+            400,
+            f"{headers.REQUEST_TIMEOUT} must be a positive number of seconds, got {given!r}.",
+            code="invalid_header",
+        )
+    return float(given)
+
+
+async def _answer_whole(generations: Generations, answer: Answer) -> web.Response:
+    choices = [Choice() for _ in generations.choices]
+    async for index, piece in generations.pieces():
+        choices[index].add(piece)
+    usage = generations.usage
+    return _json(answer.whole(choices, usage), extra=_usage_headers(usage))
 
 
 async def _stream(
-    request: web.Request, generation: Generation, answer: Answer
+    request: web.Request, generations: Generations, answer: Answer
 ) -> web.StreamResponse:
-    pieces = generation.pieces()
-    first = await anext(pieces)
-    response = web.StreamResponse(headers=_stream_headers(generation))
+    pieces = generations.pieces()
+    index, piece = await anext(pieces)
+    usage = generations.usage
+    response = web.StreamResponse(headers=_stream_headers(usage))
     await response.prepare(request)
     try:
-        await response.write(answer.head_event() + _events(first, generation, answer))
-        async for piece in pieces:
-            await response.write(_events(piece, generation, answer))
+        await response.write(answer.head_event(usage) + answer.piece_events(index, piece, usage))
+        async for index, piece in pieces:
+            await response.write(answer.piece_events(index, piece, generations.usage))
+        await response.write(answer.usage_event(generations.usage) + DONE)
     except EngineError as error:
         await response.write(sse_event(_engine_error_body(error)))
     except ConnectionError:
@@ -189,28 +240,18 @@ async def _stream(
     return response
 
 
-def _events(piece: Piece, generation: Generation, answer: Answer) -> bytes:
-    """What a piece adds to the stream, up to [DONE] if it is the last; maybe nothing."""
-    events = answer.text_event(piece.text)
-    if piece.finish_reason is not None:
-        events += answer.finish_event(piece.finish_reason)
-        events += answer.usage_event(generation.usage) + DONE
-    return events
-
-
-def _usage_headers(generation: Generation) -> dict[str, str]:
-    usage = generation.usage
+def _usage_headers(usage: Usage) -> dict[str, str]:
     return {
         headers.PROMPT_TOKENS: str(usage.prompt_tokens),
         headers.CACHED_TOKENS: str(usage.cached_tokens),
     }
 
 
-def _stream_headers(generation: Generation) -> dict[str, str]:
+def _stream_headers(usage: Usage) -> dict[str, str]:
     return {
         "Content-Type": "text/event-stream; charset=utf-8",
         "Cache-Control": "no-cache",
-        **_usage_headers(generation),
+        **_usage_headers(usage),
     }
 
 
@@ -251,7 +292,8 @@ def _error_response(request: web.Request, error: Exception) -> web.Response:
         case EngineError():
             status = _status(error)
             # Another replica, or a later try, may serve it; not so what the model cannot compute.
-            extra = None if status == 500 else {"Retry-After": "1"}
+            wait_s = error.retry_after_s if isinstance(error, EngineBusyError) else 1
+            extra = None if status == 500 else {"Retry-After": str(wait_s)}
             return _json(_engine_error_body(error), status=status, extra=extra)
         case web.HTTPException():
             return _http_error(request, error)
@@ -263,13 +305,19 @@ def _error_response(request: web.Request, error: Exception) -> web.Response:
 
 
 def _engine_error_body(error: EngineError) -> bytes:
-    code = "engine_busy" if isinstance(error, EngineBusyError) else "engine_error"
+    match error:
+        case DeadlineError():
+            code = "deadline_exceeded"
+        case EngineBusyError():
+            code = "engine_busy"
+        case _:
+            code = "engine_error"
     return error_body(_status(error), str(error), code=code)
 
 
 def _status(error: EngineError) -> int:
     match error:
-        case EngineBusyError():
+        case EngineBusyError():  # a deadline too: 503 would make a router try another replica
             return 429
         case LogitsError():
             return 500

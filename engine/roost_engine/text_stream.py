@@ -7,9 +7,9 @@ be the beginning of one is held back until it is decided:
     "...done." | "\\n\\nUs"        the next piece decides whether it is shown or was the stop
 
 `push` returns what may be shown now. The answer ends at the stop string that is complete first
-(of several that end together: the one that starts first); it is not shown, nor anything after
-it. So the result does not depend on how the text is cut into pieces. Cost: O(piece + longest
-stop string) for each stop.
+(of several that end together: the one that starts first); it is not shown unless that is asked
+for, nor is anything after it. So the result does not depend on how the text is cut into pieces.
+Cost: O(piece + longest stop string) for each stop.
 
 Invariant: text shown is a prefix of the text received, free of stop strings, and all of it
 once `flush` was called on a stream that met none.
@@ -26,39 +26,51 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """Assembles the pieces of one answer; `stopped` tells that a stop string was met."""
+    """Assembles the pieces of one answer; `matched` is the stop string that was met."""
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), *, shows_stop: bool = False) -> None:
         """`stop` strings are not empty (the API refuses empty ones)."""
         self._stop = tuple(stop)
+        self._shows_stop = shows_stop
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.matched is not None
 
     def push(self, piece: str) -> str:
         """Take the next piece; return what may be shown, "" after the end."""
         if self.stopped or not piece:
             return ""
         text = self._held + piece
-        cut = self._first_stop(text)
-        if cut is not None:
-            self.stopped = True
+        end, start, self.matched = self._first_stop(text)
+        if self.stopped:
             self._held = ""
-            return text[:cut]
+            return text[:end] if self._shows_stop else text[:start]
         keep = self._num_undecided(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def push_unchecked(self, piece: str) -> str:
+        """Take a piece in which stop strings do not count; only before any `push`."""
+        assert not self._held
+        return piece
 
     def flush(self) -> str:
         """End of the answer: what was held back was no stop string after all."""
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, text: str) -> int | None:
-        """Where the stop string starts that is complete first."""
+    def _first_stop(self, text: str) -> tuple[int, int, str | None]:
+        """End, start and text of the stop string that is complete first; None: there is none."""
         ends = [
-            (start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0
+            (start + len(stop), start, stop)
+            for stop in self._stop
+            if (start := text.find(stop)) >= 0
         ]
-        return min(ends)[1] if ends else None
+        return min(ends, default=(0, 0, None))
 
     def _num_undecided(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""

@@ -19,3 +19,6 @@ CACHED_TOKENS = "x-roost-cached-tokens"
 PROMPT_TOKENS = "x-roost-prompt-tokens"
 #: How many replicas were tried for this request; 1 is the usual case.
 ATTEMPTS = "x-roost-attempts"
+
+#: How long a request may wait before it is computed, in seconds ("2.5"); then it is refused.
+REQUEST_TIMEOUT = "x-request-timeout-s"

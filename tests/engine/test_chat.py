@@ -79,6 +79,61 @@ def test_renders_what_transformers_renders(template: str, messages: list[dict[st
     assert expected == actual
 
 
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+]
+WITH_TOOLS = """{% if tools %}<tools>{{ tools | tojson }}</tools>
+{% endif %}
+{% for message in messages %}
+{{ message.role }}: {{ message.content }}
+{% if message.tool_calls %}{% for call in message.tool_calls %}
+<tool_call>{{ call.function.name }}({{ call.function.arguments | tojson }})</tool_call>
+{% endfor %}{% endif %}
+{% endfor %}
+{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}
+"""
+
+
+@pytest.mark.parametrize("tools", [[], TOOLS])
+def test_tools_and_variables_are_rendered_as_transformers_does(tools: list[dict[str, Any]]) -> None:
+    hf = PreTrainedTokenizerFast(tokenizer_object=HfTokenizer(BPE()), **SPECIAL_TOKENS)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": "ü"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "c"},
+    ]
+    template = ChatTemplate(WITH_TOOLS, SPECIAL_TOKENS)
+
+    actual = template.render(messages, tools=tools, variables={"enable_thinking": False})
+
+    assert actual == hf.apply_chat_template(
+        messages,
+        chat_template=WITH_TOOLS,
+        tools=tools or None,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    assert template.takes_tools
+    assert not ChatTemplate(CHATML).takes_tools
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "bos_token"])
+def test_variables_of_the_engines_own_cannot_be_set(name: str) -> None:
+    with pytest.raises(ChatTemplateError, match=name):
+        ChatTemplate(CHATML, SPECIAL_TOKENS).render([], variables={name: "x"})
+
+
+def test_what_a_template_writes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roost_engine.chat.MAX_PROMPT_CHARACTERS", 1000)
+    source = "{% for i in range(30000) %}{% for j in range(30000) %}x{% endfor %}{% endfor %}"
+
+    with pytest.raises(ChatTemplateError, match="more than 1000 characters"):
+        ChatTemplate(source).render([])
+    assert ChatTemplate("{% for i in range(1000) %}x{% endfor %}").render([]) == "x" * 1000
+
+
 def test_strftime_now_is_there() -> None:
     actual = ChatTemplate("{{ strftime_now('%Y') }}").render([{"role": "user", "content": "x"}])
 

@@ -11,16 +11,16 @@ from fake_model import FakeModel, continuation
 
 from roost_engine.blocks import BlockPool
 from roost_engine.config import SchedulerConfig
-from roost_engine.core import (
+from roost_engine.core import EngineCore
+from roost_engine.engine_errors import (
     EngineBusyError,
-    EngineCore,
     EngineDeadError,
     EngineStoppingError,
     LogitsError,
-    TokenStream,
 )
 from roost_engine.request import FinishReason, Request, SamplingParams
 from roost_engine.scheduler import PromptTooLong, Scheduler, Step
+from roost_engine.token_stream import TokenStream
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
@@ -172,7 +172,7 @@ async def test_a_scheduler_that_makes_no_progress_is_a_death_not_a_spin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     core, _ = build()
-    monkeypatch.setattr(core.scheduler, "schedule", lambda: Step([]))
+    monkeypatch.setattr(core.scheduler, "schedule", lambda: Step([], [], [], []))
     async with running(core):
         with pytest.raises(EngineDeadError, match="no step for <Scheduler running=0 waiting=1>"):
             await collect(core.submit(request("a", [1])))

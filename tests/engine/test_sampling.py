@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
 
+from roost_engine.logits import RowRules
 from roost_engine.request import SamplingParams
 from roost_engine.sampling import _mix, _mix_int, allowed_ids, gumbel, sample, sample_row
+
+if TYPE_CHECKING:
+    from roost_engine.sampling import Row, RowEdit
 
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], dtype=np.float32))
 
@@ -46,6 +55,83 @@ def test_tokens_of_a_nucleus_follow_its_renormalised_probabilities() -> None:
     assert counts[3:].sum() == 0
     # 2 degrees of freedom
     assert chi_square(counts[:3], np.array([0.4, 0.3, 0.15]) / 0.85) < 13.8
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 3}, 3),
+        ({"min_p": 0.3}, 3),  # 0.3 x 0.4 = 0.12
+        ({"min_p": 0.24}, 4),
+        ({"min_p": 0.26}, 3),
+        ({"min_p": 1.0}, 1),
+        ({"top_k": 4, "min_p": 0.3}, 3),
+        ({"top_k": 4, "top_p": 0.8, "min_p": 0.24}, 3),
+    ],
+    ids=str,
+)
+def test_tokens_that_are_left_follow_their_renormalised_probabilities(
+    options: dict[str, float], kept: int
+) -> None:
+    counts = draw(6000, temperature=1.0, **options)
+
+    assert counts[kept:].sum() == 0
+    probabilities = np.array([0.4, 0.3, 0.15, 0.1][:kept])
+    # 3 degrees of freedom at most: 16.3 is exceeded once in 1,000; the seeds are fixed.
+    assert chi_square(counts[:kept], probabilities / probabilities.sum()) < 16.3
+
+
+def test_biased_logits_follow_their_own_softmax() -> None:
+    """Rules and draw together: a bias of ln 3 makes a token three times as likely."""
+    rules = RowRules(params(logit_bias={4: float(np.log(3))}), [], None)
+    edit = partial(rules.apply, token_ids=[1], num_prompt_tokens=1)
+    counts = np.zeros(5)
+    for index in range(6000):
+        [token] = sample(LOGITS[None], [params(seed=index)], [1], [edit])
+        assert token is not None
+        counts[token] += 1
+
+    weights = np.array([0.4, 0.3, 0.15, 0.1, 0.15])
+    assert chi_square(counts, weights / weights.sum()) < 18.5
+
+
+def test_edited_and_plain_rows_keep_their_places() -> None:
+    """Each row gives what it gives alone; the logits themselves are not changed."""
+    logits = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32)
+    before = logits.copy()
+    chosen = [params(seed=row, temperature=row % 2) for row in range(5)]
+
+    def only(token: int) -> RowEdit:
+        def edit(row: Row) -> None:
+            row[np.arange(row.size) != token] = -np.inf
+
+        return edit
+
+    edits: list[RowEdit | None] = [None, only(7), None, only(9), None]
+    tokens = sample(logits, chosen, range(5), edits)
+
+    assert tokens == [
+        sample_row(logits[row], chosen[row], row) if edits[row] is None else {1: 7, 3: 9}[row]
+        for row in range(5)
+    ]
+    assert np.array_equal(logits, before)
+    assert sample(logits, chosen, range(5), [None] * 5) == sample(logits, chosen, range(5))
+
+
+def test_a_spoilt_row_is_not_edited_into_a_token() -> None:
+    def edit(row: Row) -> None:
+        row[:] = 1.0
+
+    spoilt = np.array([[np.nan, 1.0]], dtype=np.float32)
+
+    assert sample(spoilt, [params()], [0], [edit]) == [None]
+
+
+def test_an_array_and_a_tensor_are_one() -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    chosen = [params(seed=row) for row in range(3)]
+
+    assert sample(logits.numpy(), chosen, range(3)) == sample(logits, chosen, range(3))
 
 
 def test_neighbouring_positions_and_seeds_are_independent() -> None:
@@ -135,6 +221,10 @@ def test_what_top_k_and_top_p_keep(top_k: int, top_p: float, kept: list[int]) ->
     assert allowed_ids(LOGITS.astype(np.float64), top_k, top_p).tolist() == kept
 
 
+def test_the_edge_of_min_p_is_kept() -> None:
+    assert allowed_ids(np.log([1.0, 0.5, 0.25]), 0, 1.0, min_p=0.5).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"),
     [(2, 1.0, [0, 1]), (0, 0.5, [0, 1]), (0, 0.51, [0, 1, 2]), (0, 1e-12, [0])],
@@ -181,6 +271,13 @@ def test_golden_noise() -> None:
 
     assert noise.tolist() == pytest.approx(GOLDEN, rel=1e-12)
     assert gumbel(-1, 0, np.array([5])).tolist() == gumbel(2**64 - 1, 0, np.array([5])).tolist()
+
+
+def test_a_replica_can_start_without_torch() -> None:
+    modules = "core, frontend, grammar, logits, sampling, server"
+    check = f"import sys; from roost_engine import {modules}; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 GOLDEN = [2.189628153634604, 0.4635744492184339, 1.254316590881168]

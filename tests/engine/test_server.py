@@ -1,130 +1,24 @@
-"""A replica over real sockets: the real model through the openai SDK, and rude clients.
-
-One replica serves all tests of the module; its event loop runs in a thread, as the fixture is
-shared and asyncio's fixtures are not.
-"""
+"""A replica over real sockets: the real model through the openai SDK, and rude clients."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from typing import Any
 
-import aiohttp
 import openai
 import pytest
-from aiohttp.web import TCPSite
-
-from roost_engine.frontend import Frontend
-from roost_engine.serve import ServeConfig, build_replica
-from roost_engine.server import build_app, build_runner
+from served import KV_TOKENS, MODEL, Replica, served_replica
 
 pytestmark = pytest.mark.model
-
-KV_TOKENS = 4096
-MODEL = "smol"
-
-
-class Replica:
-    """The served engine and what tests ask of it."""
-
-    def __init__(self, frontend: Frontend, port: int) -> None:
-        self.frontend = frontend
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-        self.sdk = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def chat(self, text: str, **options: Any) -> Any:
-        messages: Any = [{"role": "user", "content": text}]
-        settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
-        return self.sdk.chat.completions.create(messages=messages, **settings)
-
-    def complete(self, prompt: str, **options: Any) -> Any:
-        settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 12} | options
-        return self.sdk.completions.create(prompt=prompt, **settings)
-
-    def metric(self, name: str, label: str = "") -> float:
-        """Sum of the series of a name, or of those with a label such as 'a="b"'."""
-        _, _, body = self.http("GET", "/metrics")
-        values = [
-            float(line.rsplit(" ", 1)[1])
-            for line in body.decode().splitlines()
-            if line.startswith(name + "{") and label in line
-        ]
-        return sum(values)
-
-    def http(
-        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        async def send() -> tuple[int, dict[str, str], bytes]:
-            async with (
-                aiohttp.ClientSession() as session,
-                session.request(
-                    method, self.url + path, data=BytesIO(body), headers=headers
-                ) as answer,
-            ):
-                names = {name.lower(): value for name, value in answer.headers.items()}
-                return answer.status, names, await answer.read()
-
-        return asyncio.run(send())
-
-    def post(self, path: str, fields: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
-        status, headers, body = self.http("POST", path, json.dumps(fields).encode())
-        return status, headers, json.loads(body)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something the engine does in the background; pytest-timeout is the limit."""
-        while not condition():
-            time.sleep(0.02)
-
-    def until_idle(self) -> None:
-        pool, core = self.frontend.core.scheduler.pool, self.frontend.core
-        self.until(lambda: pool.num_free == pool.num_blocks and not core.scheduler.has_work)
 
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
-    config = ServeConfig(
-        model="smollm2",
-        served_model_name=MODEL,
-        kv_tokens=KV_TOKENS,
-        max_model_len=2048,
-        max_step_tokens=256,
-        max_running=8,
-    )
-    frontend = build_replica(config).frontend
-    loop = asyncio.new_event_loop()
-    started = threading.Event()
-    stop = asyncio.Event()
-    ports: list[int] = []
-
-    async def main() -> None:
-        frontend.core.start()
-        runner = build_runner(build_app(frontend))
-        await runner.setup()
-        site = TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        ports.append(runner.addresses[0][1])
-        started.set()
-        await stop.wait()
-        await frontend.core.stop()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
-    thread.start()
-    started.wait()
-    served = Replica(frontend, ports[0])
-    yield served
-    served.sdk.close()
-    loop.call_soon_threadsafe(stop.set)
-    thread.join()
-    loop.close()
+    with served_replica() as served:
+        yield served
 
 
 # -- answers ------------------------------------------------------------------------------
@@ -326,11 +220,17 @@ def send_raw(replica: Replica, fields: dict[str, Any]) -> socket.socket:
     [
         ({"model": "other"}, 404, "model", "model_not_found"),
         ({"temperature": 3}, 400, "temperature", "invalid_value"),
-        ({"n": 2}, 400, "n", "unsupported_parameter"),
-        ({"logprobs": 5}, 400, "logprobs", "unsupported_parameter"),
+        ({"n": 17}, 400, "n", "invalid_value"),
+        ({"n": 16, "prompt": ["a"] * 9}, 400, "prompt", "invalid_value"),
+        ({"best_of": 2}, 400, "best_of", "unsupported_parameter"),
+        ({"echo": True}, 400, "echo", "unsupported_parameter"),
+        ({"logprobs": 21}, 400, "logprobs", "invalid_value"),
+        ({"logit_bias": {"49152": 1}}, 400, "logit_bias", "invalid_value"),
+        ({"stop_token_ids": [49_152]}, 400, "stop_token_ids", "invalid_value"),
+        ({"guided_regex": "(["}, 400, "guided_regex", "invalid_value"),
         ({"tempreature": 1}, 400, "tempreature", "unknown_parameter"),
         ({"prompt": ""}, 400, "prompt", "invalid_value"),
-        ({"prompt": ["a", "b"]}, 400, "prompt", "unsupported_parameter"),
+        ({"prompt": ["a", "a " * 3000]}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": [49_152_000]}, 400, "prompt", "invalid_value"),
         ({"prompt": "a " * 3000}, 400, "prompt", "context_length_exceeded"),
         ({"prompt": "a", "max_tokens": 2048}, 400, "max_tokens", "context_length_exceeded"),
@@ -376,8 +276,8 @@ def test_http_errors_are_json_errors(
 def test_the_sdk_raises_its_own_errors(replica: Replica) -> None:
     with pytest.raises(openai.NotFoundError):
         replica.chat("hi", model="other")
-    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        replica.chat("hi", presence_penalty=1)
+    with pytest.raises(openai.BadRequestError, match="prediction"):
+        replica.chat("hi", prediction={"type": "content", "content": "x"})
 
 
 # -- the other endpoints ------------------------------------------------------------------
@@ -386,6 +286,51 @@ def test_the_sdk_raises_its_own_errors(replica: Replica) -> None:
 def test_models_are_listed(replica: Replica) -> None:
     assert [model.id for model in replica.sdk.models.list()] == [MODEL]
     assert replica.sdk.models.retrieve(MODEL).owned_by == "roost"
+
+
+def test_embeddings_are_refused_in_openais_shape(replica: Replica) -> None:
+    with pytest.raises(openai.BadRequestError, match="no embeddings") as refused:
+        replica.sdk.embeddings.create(model=MODEL, input="hi")
+
+    assert refused.value.code == "unsupported_endpoint"
+
+
+def test_tokenize_counts_what_the_endpoints_count_and_detokenize_undoes_it(
+    replica: Replica,
+) -> None:
+    text = "Hello, wörld! 🦉"
+    _, _, answer = replica.post("/tokenize", {"model": MODEL, "prompt": text})
+    _, _, back = replica.post("/detokenize", {"model": MODEL, "tokens": answer["tokens"]})
+    messages = [{"role": "user", "content": text}]
+    _, _, chat = replica.post("/tokenize", {"messages": messages, "return_token_strs": True})
+
+    assert answer["count"] == len(answer["tokens"]) == replica.complete(text).usage.prompt_tokens
+    assert (answer["max_model_len"], answer["token_strs"]) == (2048, None)
+    assert back == {"prompt": text}
+    assert chat["count"] == replica.chat(text).usage.prompt_tokens
+    assert chat["token_strs"][0] == "<|im_start|>"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "param"),
+    [
+        ("/tokenize", {"prompt": ""}, 400, "prompt"),
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, 400, "messages"),
+        ("/tokenize", {"prompt": "a", "tools": [{}]}, 400, "tools"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {"tokens": [49_152]}, 400, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens[0]"),
+        ("/detokenize", {}, 400, "tokens"),
+    ],
+    ids=str,
+)
+def test_bad_bodies_of_the_tokenizer_endpoints(
+    replica: Replica, path: str, fields: dict[str, Any], status: int, param: str
+) -> None:
+    got, _, body = replica.post(path, fields)
+
+    assert (got, body["error"]["param"]) == (status, param)
 
 
 def test_health_and_version(replica: Replica) -> None:
@@ -420,5 +365,6 @@ def test_metrics_carry_vllms_names(replica: Replica) -> None:
         "vllm:e2e_request_latency_seconds_bucket",
         "roost_engine:prefill_tokens_total",
         "roost_engine:free_blocks",
+        "roost_engine:expired_requests_total",
     ):
         assert f"\n{name}{{" in text, name

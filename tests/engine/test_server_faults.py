@@ -29,7 +29,9 @@ from roost_engine.server import build_app, build_runner
 
 
 class LetterTokenizer:
-    """One token a character; generated ids become letters."""
+    """One token a character; generated ids become letters, from A to r."""
+
+    eos_token_ids = frozenset({49})
 
     def fewest_tokens(self, text: str) -> int:
         return -(-len(text.encode()) // 4)  # a character of UTF-8
@@ -40,7 +42,10 @@ class LetterTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([ord("A") + token_id])
 
+    spelled_bytes = token_bytes
 
+
+ASKED = {"model": "fake", "temperature": 0, "prompt": "hello", "max_tokens": 3}
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -195,7 +200,7 @@ async def test_a_defect_of_ours_mid_stream_is_one_event_and_the_end_of_the_conne
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     async with replica() as served:
-        monkeypatch.setattr(Answer, broken, lambda *_: 1 / 0)
+        monkeypatch.setattr(Answer, broken, lambda *_, **__: 1 / 0)
         body = json.dumps({"model": "fake", "prompt": "hello", "stream": True}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", served.client.port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
@@ -246,6 +251,146 @@ async def test_no_more_requests_are_taken_than_may_run_and_wait() -> None:
             assert json.loads(await answer.text())["error"]["type"] == "rate_limit_error"
 
         assert (await running)[0] == 200
+
+
+async def test_choices_are_taken_all_or_none() -> None:
+    async with replica(max_running=2, max_waiting=1) as served:
+        assert (await served.post(n=4))[0] == 429
+        assert served.core.num_in_flight == 0
+        status, body = await served.post(n=3, prompt=["hello"], max_tokens=2)
+
+        assert (status, len(json.loads(body)["choices"])) == (200, 3)
+
+
+async def test_retry_after_follows_the_queue_and_the_speed(monkeypatch: Any) -> None:
+    async with replica(max_running=1, max_waiting=0) as served:
+        monkeypatch.setattr(served.core, "retry_after_s", lambda: 17)
+        async with served.client.post("/v1/completions", json=ASKED | {"n": 2}) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "17")
+
+
+async def test_a_request_whose_deadline_passes_in_the_queue_is_refused() -> None:
+    timeout = {"x-request-timeout-s": "0.05"}
+    async with replica(max_running=1) as served:
+        running = asyncio.create_task(served.post(stream=True, max_tokens=1900))
+        while not served.core.scheduler.num_running:
+            await asyncio.sleep(0.005)
+        for stream in (False, True):
+            asked = ASKED | {"stream": stream}
+            async with served.client.post("/v1/completions", json=asked, headers=timeout) as late:
+                error = json.loads(await late.text())["error"]
+                assert (late.status, error["code"]) == (429, "deadline_exceeded")
+                assert int(late.headers["Retry-After"]) >= 1
+                assert "deadline passed" in error["message"]
+
+        assert (await running)[0] == 200
+        async with served.client.post("/v1/completions", json=ASKED, headers=timeout) as idle:
+            assert idle.status == 200  # nothing to wait for
+
+
+@pytest.mark.parametrize("given", ["", "0", "0.0", "-1", "inf", "nan", "1e3", "1s", "1000000"])
+async def test_a_timeout_that_is_none_is_refused(given: str) -> None:
+    headers = {"x-request-timeout-s": given}
+    async with (
+        replica() as served,
+        served.client.post("/v1/completions", json=ASKED, headers=headers) as answer,
+    ):
+        error = json.loads(await answer.text())["error"]
+        assert (answer.status, error["code"]) == (400, "invalid_header")
+
+
+async def test_better_priority_runs_first() -> None:
+    async with replica(max_running=1) as served:
+        ended: list[int] = []
+
+        async def ask(priority: int) -> None:
+            await served.post(priority=priority, max_tokens=3)
+            ended.append(priority)
+
+        running = asyncio.create_task(served.post(max_tokens=1900))
+        while not served.core.scheduler.num_running:
+            await asyncio.sleep(0.005)
+        waiting = [asyncio.create_task(ask(priority)) for priority in (5, 0, -5)]
+        await asyncio.gather(running, *waiting)
+
+        assert ended == [-5, 0, 5]
+
+
+async def test_an_engine_error_in_one_choice_ends_the_whole_answer() -> None:
+    async with replica() as served:
+        served.model.spoils = {49}
+        for stream in (False, True):
+            status, body = await served.post(prompt=[[1, 49], [1, 2]], n=2, stream=stream)
+
+            if status == 200:  # the healthy prompt was first
+                assert json.loads(body.split("\n\n")[-2].removeprefix("data: "))["error"]
+                assert "[DONE]" not in body
+            else:
+                assert (status, json.loads(body)["error"]["type"]) == (500, "server_error")
+        while served.core.num_in_flight:
+            await asyncio.sleep(0.005)
+        assert (await served.post(prompt=[1, 2]))[0] == 200
+
+
+async def test_a_stop_token_ends_the_answer_and_is_told() -> None:
+    tokens = continuation([1, 2, 3], 5, 50)
+    letters = "".join(chr(ord("A") + token) for token in tokens)
+    assert tokens[2] not in tokens[:2]
+    async with replica() as served:
+        for include, text in [(False, letters[:2]), (True, letters[:3])]:
+            options = {"include_stop_str_in_output": include, "stop_token_ids": [tokens[2]]}
+            status, body = await served.post(prompt=[1, 2, 3], **options)
+
+            [choice] = json.loads(body)["choices"]
+            assert (status, choice["text"], choice["finish_reason"]) == (200, text, "stop")
+            assert choice["stop_reason"] == tokens[2]
+            assert json.loads(body)["usage"]["completion_tokens"] == 3
+
+
+async def test_nothing_ends_an_answer_before_min_tokens() -> None:
+    tokens = continuation([1, 2, 3], 6, 50)
+    letters = "".join(chr(ord("A") + token) for token in tokens)
+    assert len(set(letters)) == 6
+    async with replica() as served:
+        for min_tokens, text in [(0, letters[:2]), (2, letters[:2]), (3, letters[:6])]:
+            _, body = await served.post(
+                prompt=[1, 2, 3], stop=letters[2], min_tokens=min_tokens, max_tokens=6
+            )
+            assert json.loads(body)["choices"][0]["text"] == text
+
+        _, body = await served.post(prompt=[1, 2, 3], stop_token_ids=[tokens[2]], min_tokens=5)
+        assert json.loads(body)["usage"]["completion_tokens"] >= 5
+
+
+async def test_a_shown_stop_string_is_the_end_of_the_text() -> None:
+    letters = "".join(chr(ord("A") + token) for token in continuation([1, 2, 3], 5, 50))
+    async with replica() as served:
+        for include, text in [(False, letters[:1]), (True, letters[:3])]:
+            _, body = await served.post(
+                prompt=[1, 2, 3], stop=["!", letters[1:3]], include_stop_str_in_output=include
+            )
+            [choice] = json.loads(body)["choices"]
+            assert (choice["text"], choice["stop_reason"]) == (text, letters[1:3])
+
+
+async def test_log_probabilities_cover_the_shown_tokens_and_no_others() -> None:
+    """A stop string of two tokens: held back, then cut away with their log probabilities."""
+    letters = "".join(chr(ord("A") + token) for token in continuation([1, 2, 3], 6, 50))
+    for stop, text in [(None, letters), (letters[3:5], letters[:3])]:
+        async with replica() as served:
+            asked = {"prompt": [1, 2, 3], "max_tokens": 6, "stop": stop, "logprobs": 1}
+            _, body = await served.post(**asked)
+            _, streamed = await served.post(**asked, stream=True)
+
+            [choice] = json.loads(body)["choices"]
+            events = streamed.split("\n\n")[:-2]
+            chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+            logprobs = choice["logprobs"]
+            assert choice["text"] == "".join(logprobs["tokens"]) == text
+            assert logprobs["text_offset"] == list(range(len(text)))
+            for name, value in logprobs.items():
+                pieces = [chunk["logprobs"][name] for chunk in chunks if chunk["logprobs"]]
+                assert [each for piece in pieces for each in piece] == value
 
 
 async def test_what_cannot_fit_is_refused_before_it_is_rendered_or_encoded(
@@ -341,7 +486,7 @@ async def test_a_replica_whose_engine_dies_exits_with_an_error(
 ) -> None:
     frontend, model = build()
     model.fail_on_call = 1
-    monkeypatch.setattr(serve, "build_replica", lambda _: serve.Replica(frontend, 10**9))
+    monkeypatch.setattr(serve, "build_replica", lambda _: serve.Replica(frontend, 10**9, "fake"))
 
     async def ask() -> int:
         line = ""
@@ -372,11 +517,12 @@ def test_the_ready_line_is_a_url_also_over_ipv6(
 ) -> None:
     async def announce() -> int:
         with serve._bind(host, 0) as listener:
-            serve._announce(serve.Replica(build()[0], 2_500_000_000), listener)
+            serve._announce(serve.Replica(build()[0], 2_500_000_000, "fake"), listener)
             return int(listener.getsockname()[1])
 
     port = asyncio.run(announce())
 
     assert capsys.readouterr().out == (
-        f"ready: fake on http://{url}:{port} (context 2000 tokens, KV cache 2400 tokens, 2.5 GB)\n"
+        f"ready: fake on http://{url}:{port} "
+        "(context 2000 tokens, KV cache 2400 tokens, 2.5 GB; fake)\n"
     )

@@ -62,3 +62,18 @@ def test_the_result_does_not_depend_on_the_pieces(pieces: list[str], stop: list[
     shown, _ = run(pieces, stop)
 
     assert "".join(shown) == expected("".join(pieces), stop)
+
+
+def test_a_stop_string_may_be_shown_and_is_told() -> None:
+    stream = TextStream(["STOP", "ST!"], shows_stop=True)
+
+    assert [stream.push("abST"), stream.push("OPcd"), stream.flush()] == ["ab", "STOP", ""]
+    assert stream.matched == "STOP"
+
+
+def test_stop_strings_do_not_count_in_unchecked_text() -> None:
+    stream = TextStream(["ab"])
+
+    shown = [stream.push_unchecked("xab"), stream.push_unchecked("a"), stream.push("b ab")]
+    assert shown == ["xab", "a", "b "]
+    assert stream.stopped
