@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 _PORT = click.IntRange(0, 65535)
+_WEIGHTS = click.Choice(["stored", "float32", "bfloat16", "int8", "int4"])
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+_NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -78,13 +83,38 @@ def route(replicas: tuple[str, ...], **options: Any) -> None:
 @click.option("--port", type=_PORT, default=8101, help="Port to listen on; 0: any free one.")
 @click.option("--served-model-name", help="Model id for clients.  [default: the model's own]")
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    help="Weights and KV cache; bfloat16 halves the memory and is less exact.",
+    "--weights",
+    type=_WEIGHTS,
+    default="stored",
+    help="Weights in memory. stored: 4- and 8-bit blocks as in the file, else bfloat16. "
+    "float32: KV cache too, exact and slow.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of torch.  [default: all cores]")
+@click.option(
+    "--kernels",
+    type=click.Choice(["auto", "native", "torch"]),
+    default="auto",
+    help="What computes. native: compiled here at the first start; auto: native if possible.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the engine.  [default: all cores]")
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    default=1,
+    help="Processes that share each layer; computes with torch.",
+)
+@click.option(
+    "--pipeline-parallel",
+    type=click.IntRange(1),
+    default=1,
+    help="Processes that hold the layers in turn; computes with torch.",
+)
 @click.option("--kv-tokens", type=click.IntRange(1), default=65536, help="KV cache, in tokens.")
+@click.option(
+    "--host-kv-tokens",
+    type=click.IntRange(0),
+    default=0,
+    help="Evicted KV kept in host memory, in tokens.",
+)
 @click.option("--block-size", type=click.IntRange(1), default=16, help="Tokens of a KV block.")
 @click.option(
     "--max-model-len",
@@ -163,6 +193,15 @@ def decide(replicas: int, blocks: int, rounds: int) -> None:
 
 
 @bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=9, help="Rounds of 64 steps.")
+def schedule(rounds: int) -> None:
+    """What the engine's scheduling costs a step, without any model."""
+    from roost.bench import run_bench_schedule
+
+    run_bench_schedule(rounds=rounds)
+
+
+@bench.command()
 @click.option("--rounds", type=click.IntRange(1), default=3, help="Rounds for each median.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, help="Load of a measurement.")
 @click.option("--connections", type=click.IntRange(1), default=32, help="Clients at once.")
@@ -171,6 +210,90 @@ def proxy(rounds: int, seconds: float, connections: int) -> None:
     from roost_loadtest.bench_proxy import bench_proxy
 
     bench_proxy(rounds=rounds, seconds=seconds, connections=connections)
+
+
+@bench.command()
+@click.option("--model", default="smollm2", help="As in `roost serve`.")
+@click.option(
+    "--weights",
+    "formats",
+    multiple=True,
+    type=_WEIGHTS,
+    default=["bfloat16", "stored"],
+    help="Formats of ours; servers of peers are compared with the first. Repeat for each.",
+)
+@click.option("--threads", type=click.IntRange(1), default=2, help="Of every engine.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["offline", "ready", "served"]),
+    default=["offline", "ready", "served"],
+    help="What to measure. Repeat for each.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Rounds for each median.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(1, 64),
+    default=[1, 4, 16, 32],
+    help="Requests that decode at once. Repeat for each.",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    type=click.IntRange(1, 4000),
+    default=[512, 2048],
+    help="Tokens of a prefill. Repeat for each.",
+)
+@click.option("--vllm-python", type=_FILE, help="Python of an environment with vLLM's CPU build.")
+@click.option("--vllm-model", type=_FOLDER, help="Hugging Face folder with the same weights.")
+@click.option(
+    "--vllm-preload",
+    multiple=True,
+    type=_FILE,
+    help="Library for LD_PRELOAD of vLLM: tcmalloc, Intel's OpenMP. Repeat for each.",
+)
+@click.option("--llama-cpp", type=_FOLDER, help="Folder of llama.cpp's built tools.")
+@click.option("--gguf-bf16", type=_FILE, help="The same weights in BF16, for llama.cpp.")
+@click.option("--gguf", type=_FILE, help="The model's own file, for llama.cpp.")
+@click.option("--json", "json_path", type=_NEW_FILE, help="Write every record here.")
+def engine(**options: Any) -> None:
+    """Our engine beside vLLM and llama.cpp; without their options ours alone."""
+    from roost_loadtest.bench_engine import EngineBenchConfig, bench_engine
+    from roost_loadtest.peers import PeerError
+
+    try:
+        bench_engine(EngineBenchConfig(**options))
+    except (PeerError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@bench.command()
+@click.option("--model", default="smollm2", help="As in `roost serve`.")
+@click.option(
+    "--weights",
+    "formats",
+    multiple=True,
+    type=_WEIGHTS,
+    default=["bfloat16", "stored"],
+    help="Formats to judge. Repeat for each.",
+)
+@click.option(
+    "--tokens", "num_tokens", type=click.IntRange(2), help="Of the text.  [default: all, 1,335]"
+)
+@click.option("--rows", type=click.IntRange(1, 512), default=32, help="Positions a step.")
+@click.option("--threads", type=click.IntRange(1), default=2, help="Of the candidates.")
+@click.option("--min-top1", type=float, default=0.99, help="Least top-1 agreement.")
+@click.option("--max-loss", type=float, default=0.01, help="Most that perplexity may rise.")
+def quality(**options: Any) -> None:
+    """What a weight format loses against float32; fails if it is more than allowed."""
+    from roost.bench import run_bench_quality
+
+    if not run_bench_quality(**options):
+        raise click.ClickException("a format loses more than is allowed")
 
 
 @main.command()
