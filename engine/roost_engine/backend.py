@@ -1,7 +1,8 @@
 """Which code computes a replica's steps: the native CPU kernels, or torch.
 
     kernels   native   native_runner.py; compiled on this machine at the first start
-              torch    runner.py; where there is no compiler, and as the slow twin
+              torch    runner.py; where there is no compiler, as the slow twin, and for a model
+                       that is split over processes (parallel.py)
               auto     native if it can be had for this model on this machine, else torch
 
 Torch is imported only if it computes: a native replica starts in half the time without it.
@@ -14,11 +15,12 @@ from __future__ import annotations
 import os
 import sys
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
 from roost_engine.native_runner import NativeRunner, WeightFormat
+from roost_engine.parallel_plan import ParallelPlan
 from roost_engine.sampling import sample_plain
 from roost_kernels import native_build
 from roost_kernels.cpu_sampling import sample_rows
@@ -55,6 +57,8 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True):
     weights: WeightFormat = "stored"
     num_threads: int | None = None  # None: one for each core this process may use
     max_step_tokens: int = 512
+    plan: ParallelPlan = ParallelPlan()  # more than one process: torch
+    source: str = ""  # where the processes of a plan load the model from
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -64,6 +68,7 @@ class Backend(msgspec.Struct, frozen=True):
     draw: Draw
     copy_blocks: Callable[[Sequence[BlockCopy]], None] | None
     description: str  # for the operator
+    close: Callable[[], None] = lambda: None  # ends processes, where there are some
 
 
 def build_backend(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
@@ -71,6 +76,8 @@ def build_backend(model: LoadedModel, cache: CacheConfig, options: BackendOption
 
     BackendError if `kernels` cannot be had. With `auto` the reason for torch goes to stderr.
     """
+    if options.plan.num_processes > 1:
+        return _build_parallel(model, cache, options)
     if options.kernels == "torch":
         return _build_torch(model, cache, options)
     try:
@@ -124,14 +131,41 @@ def _build_torch(model: LoadedModel, cache: CacheConfig, options: BackendOptions
     from roost_engine.host_tier import HostTier  # noqa: PLC0415
     from roost_engine.runner import ModelRunner  # noqa: PLC0415
 
-    if options.weights in ("int8", "int4"):
-        raise BackendError(f"weights {options.weights} need the native kernels, not torch")
+    dtype = _torch_dtype(options)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    dtype: Any = torch.bfloat16 if options.weights == "bfloat16" else torch.float32
-    runner = ModelRunner(model, cache, dtype)
+    runner = ModelRunner(model, cache, getattr(torch, dtype))
     copy_blocks = None
     if cache.num_host_blocks:
         tier = HostTier(runner.cache, cache.num_host_blocks, cache.block_size)
         copy_blocks = tier.execute
-    return Backend(runner, sample_plain, copy_blocks, f"torch, {options.weights}")
+    return Backend(runner, sample_plain, copy_blocks, f"torch, {dtype}")
+
+
+def _build_parallel(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
+    from roost_engine.parallel import ParallelError, ParallelRunner  # noqa: PLC0415 - torch
+
+    if options.kernels == "native":
+        raise BackendError("the native kernels cannot split a model over processes; use torch")
+    plan = options.plan
+    try:
+        runner = ParallelRunner(
+            options.source,
+            model,
+            cache,
+            _torch_dtype(options),
+            plan=plan,
+            num_threads=options.num_threads,
+        )
+    except (ValueError, ParallelError) as error:
+        raise BackendError(str(error)) from None
+    copy_blocks = runner.copy_blocks if cache.num_host_blocks else None
+    what = f"torch in {plan.num_processes} processes"
+    return Backend(runner, sample_plain, copy_blocks, what, runner.close)
+
+
+def _torch_dtype(options: BackendOptions) -> Literal["float32", "bfloat16"]:
+    """Blocks of a file are decoded to float32: torch has no fast kernels for them."""
+    if options.weights in ("int8", "int4"):
+        raise BackendError(f"weights {options.weights} need the native kernels, not torch")
+    return "bfloat16" if options.weights == "bfloat16" else "float32"

@@ -22,6 +22,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -122,3 +123,10 @@ def _compile(command: list[str]) -> None:
     if result.returncode:
         message = result.stderr.decode(errors="replace").strip()[:2000]
         raise NativeUnavailableError(f"compiling the CPU kernels failed: {message}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{build()}\n")
+    except NativeUnavailableError as error:
+        sys.exit(str(error))

@@ -27,11 +27,13 @@ def test_the_defaults_are_those_of_the_command_line() -> None:
     assert (config.host, config.port) == ("127.0.0.1", 8101)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", "46080000.0"), ("bfloat16", "23040000.0")])
+@pytest.mark.parametrize(
+    ("weights", "size"), [("float32", "46080000.0"), ("stored", "23040000.0")]
+)
 def test_a_kv_cache_larger_than_the_machine_is_refused_before_it_is_allocated(
-    dtype: str, size: str
+    weights: str, size: str
 ) -> None:
-    config = ServeConfig(model="x", kv_tokens=10**12, dtype=dtype)  # type: ignore[arg-type]
+    config = ServeConfig(model="x", kv_tokens=10**12, weights=weights)  # type: ignore[arg-type]
 
     with pytest.raises(ServeError, match=f"KV cache would take {size} GB .* lower kv_tokens"):
         build_replica(config)

@@ -123,10 +123,9 @@ class Decoder {
     rounded_ = Memory(rows * widest * 2);
     sums_ = Memory(rows * (widest / kGroup + 1) * 4);
     qkv_ = Memory(rows * qkv_width_ * 4);
-    q_ = Memory(rows * q_size_ * element);
     const size_t positions = (config.num_positions + 2 * kRun) / kRun * kRun;
-    scratch_bytes_ = kMaxQueries * positions * 4;
-    for (int i = 0; i < num_threads; i++) scratch_.push_back(Memory(scratch_bytes_ * 2));
+    for (int i = 0; i < num_threads; i++)
+      scratch_.push_back(Memory(kMaxQueries * positions * sizeof(float)));
     layer_elements_ = static_cast<size_t>(config.num_blocks) * shape_.block_size_elements();
     cache_ = Memory(layer_elements_ * element * config.num_layers);
   }
@@ -143,7 +142,7 @@ class Decoder {
     const int num_shares = config_.num_layers * 12 + 3;  // as `compute` counts them at most
     team_.run(num_shares, [this](int thread) {
       if (config_.kv_is_f32) compute<float>(thread);
-      else compute<bf16>(thread);
+      else compute<half>(thread);
     });
   }
 
@@ -341,12 +340,6 @@ class Decoder {
       if (weight != nullptr) norm(head, weight, d, config_.rms_norm_eps, head);
       rotate(head, cos, sin, half_dim);
     }
-    T* q = q_.as<T>() + static_cast<size_t>(row) * q_size_;
-    if constexpr (sizeof(T) == 4) {
-      memcpy(q, heads, q_size_ * sizeof(float));
-    } else {
-      for (size_t i = 0; i < q_size_; i += kLanes) store_bf16(q + i, load(heads + i));
-    }
     const int block = chunk.block_table[position / config_.block_size];
     const int offset = position % config_.block_size;
     for (int h = 0; h < config_.num_kv_heads; h++)
@@ -358,21 +351,19 @@ class Decoder {
                    const KvView<T>& kv, int thread) {
     const StepChunk& chunk = chunks_[tile.chunk];
     const int d = config_.head_dim, group = config_.num_heads / config_.num_kv_heads;
-    QueryRow<T> rows[kMaxQueries];
+    QueryRow rows[kMaxQueries];
     int num_rows = 0;
-    Probabilities<T> p;
-    p.scores = scratch_[thread].as<float>();
-    if constexpr (sizeof(T) == 2)
-      p.weights = reinterpret_cast<bf16*>(scratch_[thread].as<uint8_t>() + scratch_bytes_);
+    float* scratch = scratch_[thread].as<float>();
     for (int i = 0; i < tile.num_queries; i++) {
       const int row = chunk.row + tile.first_query + i;
       const int end = chunk.start + tile.first_query + i + 1;
       const int first = layer.slides ? std::max(0, end - config_.sliding_window) : 0;
       for (int h = 0; h < group; h++) {
-        const size_t at = static_cast<size_t>(row) * q_size_ + (kv_head * group + h) * d;
-        rows[num_rows++] = {q_.as<T>() + at, wide_.as<float>() + at, first, end};
+        const int head = (kv_head * group + h) * d;
+        const float* q = qkv_.as<float>() + row * qkv_width_ + head;
+        rows[num_rows++] = {q, wide_.as<float>() + row * q_size_ + head, first, end};
         if (num_rows == kMaxQueries || (h == group - 1 && i == tile.num_queries - 1)) {
-          attend(kv, chunk.block_table, kv_head, config_.attention_scale, rows, num_rows, p);
+          attend(kv, chunk.block_table, kv_head, config_.attention_scale, rows, num_rows, scratch);
           num_rows = 0;
         }
       }
@@ -383,8 +374,8 @@ class Decoder {
   const ModelWeights model_;
   const std::vector<LayerWeights> layers_;
   const CacheShape shape_;
-  size_t q_size_, kv_size_, qkv_width_, layer_elements_, scratch_bytes_;
-  Memory cache_, x_, normed_, wide_, rounded_, sums_, qkv_, q_;
+  size_t q_size_, kv_size_, qkv_width_, layer_elements_;
+  Memory cache_, x_, normed_, wide_, rounded_, sums_, qkv_;
   std::vector<Memory> scratch_;
 
   // Of the step being computed.

@@ -268,6 +268,22 @@ ROOST_INLINE void store_bf16(bf16* p, Floats a) {
 #endif
 }
 
+// Beyond half's range the largest half; NaN stays NaN.
+ROOST_INLINE void store_half(half* p, Floats a) {
+  a = larger(splat(-65504.f), smaller(splat(65504.f), a));
+#if defined(ROOST_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(ROOST_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.a, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.b, 0));
+#else
+  float values[kLanes];
+  store(values, a);
+  for (int i = 0; i < kLanes; i++) p[i] = to_half(values[i]);
+#endif
+}
+
 // e^x, relative error below 2e-7, 1.6e-38 below -87, NaN of NaN. Cephes' expf polynomial.
 ROOST_INLINE Floats exponential(Floats x) {
   x = larger(splat(-87.f), x);  // in this order NaN stays
