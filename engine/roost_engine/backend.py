@@ -86,6 +86,8 @@ def build_backend(model: LoadedModel, cache: CacheConfig, options: BackendOption
         if options.kernels == "native":
             raise BackendError(f"the native kernels cannot be used: {error}") from None
         sys.stderr.write(f"roost engine: computing with torch, which is slower: {error}\n")
+    except MemoryError as error:
+        raise BackendError(f"not enough memory: {error}; lower kv_tokens") from None
     return _build_torch(model, cache, options)
 
 

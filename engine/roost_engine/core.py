@@ -70,7 +70,7 @@ _STOPPING = "the engine is shutting down"
 
 
 class Runner(Protocol):
-    """What computes a step; ModelRunner in production, a fake in tests."""
+    """What computes a step; NativeRunner or ModelRunner in production, a fake in tests."""
 
     def forward(self, chunks: Sequence[Chunk]) -> npt.ArrayLike:
         """Logits (rows, vocab) float32 of the chunks with `wants_logits`, in their order.

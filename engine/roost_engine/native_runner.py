@@ -5,10 +5,10 @@ token does not depend on batch, chunking, cache hits or preemption (native/decod
 
     `weights`   matrices                                        activations   KV cache
     float32     float32                                         float32       float32
-    bfloat16    bfloat16                                        bfloat16      bfloat16
-    stored      4-bit (Q4_1) and 8-bit (Q8_0) blocks of the     bfloat16      bfloat16
+    bfloat16    bfloat16                                        bfloat16      half
+    stored      4-bit (Q4_1) and 8-bit (Q8_0) blocks of the     bfloat16      half
                 file as they are, anything else bfloat16
-    int8, int4  quantised while loading, groups of 32;          bfloat16      bfloat16
+    int8, int4  quantised while loading, groups of 32;          bfloat16      half
                 with int4 the output head is int8
 
 Parts that are fused into one matrix (q, k, v; gate, up) are brought to bfloat16 where the file

@@ -40,6 +40,15 @@ class Encoding(IntEnum):
     Q4_1 = 4
 
 
+_GROUP_BYTES: Final = {  # stored bytes of 32 weights
+    Encoding.F32: 128,
+    Encoding.F16: 64,
+    Encoding.BF16: 64,
+    Encoding.Q8_0: 34,
+    Encoding.Q4_1: 20,
+}
+
+
 class Format(IntEnum):
     """How a kernel reads a matrix; native/weights.h."""
 
@@ -183,6 +192,7 @@ class PackedMatrix:
         num_threads: int = 1,
     ) -> None:
         unit = _GROUP if format in (Format.INT8, Format.INT4) else _LANES
+        _check_threads(num_threads)
         if k % unit or (encoding in (Encoding.Q8_0, Encoding.Q4_1) and k % _GROUP):
             raise ValueError(f"rows of {k} weights do not fit {encoding.name} to {format.name}")
         library = _library()
@@ -334,6 +344,8 @@ class CpuDecoder:
     def __init__(self, shape: DecoderShape, weights: DecoderWeights, num_threads: int) -> None:
         """MemoryError if the cache cannot be allocated, ValueError for sizes that do not fit."""
         shape.check()
+        _check_threads(num_threads)
+        _check_ends(weights, shape)
         self.shape = shape
         self._library = _library()
         self._weights = weights  # read by the native side for as long as it lives
@@ -381,6 +393,8 @@ class CpuDecoder:
         for index, chunk in enumerate(chunks):
             num_tokens, table = counts[index], chunk.block_table
             end = chunk.start + num_tokens
+            if num_tokens < 1 or chunk.start < 0:
+                raise IndexError(f"a chunk of {num_tokens} tokens from position {chunk.start}")
             if end > self.shape.num_positions or end > len(table) * self.shape.block_size:
                 raise IndexError(f"position {end - 1} is beyond the rotary table or the blocks")
             tokens[row : row + num_tokens] = chunk.token_ids
@@ -431,6 +445,32 @@ class CpuDecoder:
         ):
             if values.size and (values.min() < 0 or values.max() >= end):
                 raise IndexError(f"{what} ids {values.min()} .. {values.max()} of {end}")
+
+
+def _check_threads(num_threads: int) -> None:
+    """ValueError for a team of no threads."""
+    if num_threads < 1:
+        raise ValueError(f"{num_threads} threads; at least 1 computes")
+
+
+def _check_ends(weights: DecoderWeights, shape: DecoderShape) -> None:
+    """ValueError unless what is outside the layers is as large as the kernels will read."""
+    if len(weights.layers) != shape.num_layers:
+        raise ValueError(f"{len(weights.layers)} layers, expected {shape.num_layers}")
+    if any(layer.slides for layer in weights.layers) and shape.sliding_window < 1:
+        raise ValueError(f"layers slide over a window of {shape.sliding_window}")
+    head, wanted = weights.head, (shape.vocab_size, shape.hidden_size)
+    if (head.n, head.k) != wanted:
+        raise ValueError(f"head is {(head.n, head.k)}, expected {wanted}")
+    norm = weights.final_norm
+    if norm.shape != wanted[1:] or norm.dtype != np.float32 or not norm.flags.c_contiguous:
+        raise ValueError(f"final_norm is {norm.dtype} {norm.shape}, expected float32 {wanted[1:]}")
+    rows = (
+        shape.vocab_size,
+        _GROUP_BYTES[weights.embedding_encoding] * shape.hidden_size // _GROUP,
+    )
+    if weights.embedding.shape != rows:
+        raise ValueError(f"embedding is {weights.embedding.shape} bytes, expected {rows}")
 
 
 def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:

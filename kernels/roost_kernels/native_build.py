@@ -36,6 +36,7 @@ _FLAGS: Final = (
     *("-fPIC", "-shared", "-pthread", "-w"),
 )
 _COMPILE_TIMEOUT_S: Final = 600.0
+_CURE: Final = "set HOME to a folder that this user may write"
 
 
 class NativeUnavailableError(Exception):
@@ -44,25 +45,42 @@ class NativeUnavailableError(Exception):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, compiled first if it is not in the cache: some 20 s, once a machine."""
-    return ctypes.CDLL(str(build()))
+    """The library, compiled first if it is not in the cache: some 20 s, once a machine.
+
+    A file in the cache that cannot be loaded, say one that a crash cut short, is compiled again.
+    NativeUnavailableError if it cannot be had.
+    """
+    path = build()
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(path))
+    with contextlib.suppress(OSError):
+        path.unlink()
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from None
 
 
 def build(flags: tuple[str, ...] = _FLAGS) -> Path:
     """The library's path. NativeUnavailableError if it cannot be compiled."""
     compiler = find_compiler()
     target = cache_directory() / f"kernels-{_key(compiler, flags)}.so"
-    if target.is_file():
+    if _is_file(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
     except OSError as error:
-        raise NativeUnavailableError(f"{target.parent} cannot be written: {error}") from None
+        raise _unwritable(target.parent, error) from None
     os.close(handle)
     try:
         _compile([compiler, *flags, "-o", name, str(_SOURCES / "roost_cpu.cpp")])
+        with Path(name).open("rb") as library:
+            os.fsync(library)  # a crash must not leave the name with half of the file
         Path(name).replace(target)
+    except OSError as error:
+        raise _unwritable(target.parent, error) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             Path(name).unlink()
@@ -72,10 +90,10 @@ def build(flags: tuple[str, ...] = _FLAGS) -> Path:
 def is_built() -> bool:
     """Whether `load` would find the library in the cache."""
     try:
-        compiler = find_compiler()
+        key = _key(find_compiler(), _FLAGS)
+        return _is_file(cache_directory() / f"kernels-{key}.so")
     except NativeUnavailableError:
         return False
-    return (cache_directory() / f"kernels-{_key(compiler, _FLAGS)}.so").is_file()
 
 
 def find_compiler() -> str:
@@ -88,8 +106,25 @@ def find_compiler() -> str:
 
 
 def cache_directory() -> Path:
-    """Where libraries are kept."""
-    return Path.home() / ".cache" / "roost"
+    """Where libraries are kept. NativeUnavailableError for a user without a home."""
+    try:
+        return Path.home() / ".cache" / "roost"
+    except RuntimeError:
+        raise NativeUnavailableError(
+            f"no home directory for the compiled kernels; {_CURE}"
+        ) from None
+
+
+def _is_file(path: Path) -> bool:
+    """Also False where the folders above may not be entered, as the home of another user."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _unwritable(folder: Path, error: OSError) -> NativeUnavailableError:
+    return NativeUnavailableError(f"{folder} cannot be written ({error}); {_CURE}")
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
@@ -107,7 +142,10 @@ def _target(compiler: str, flags: tuple[str, ...]) -> bytes:
     """The compiler's version and every macro of its target: what -march=native means here."""
     machine = [flag for flag in flags if flag.startswith("-m")]
     command = [compiler, *machine, "-dM", "-E", "-x", "c++", os.devnull]
-    result = subprocess.run(command, capture_output=True, timeout=60, check=False)  # noqa: S603
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=60, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{compiler} cannot be run: {error}") from None
     if result.returncode:
         raise NativeUnavailableError(f"{compiler}: {result.stderr.decode(errors='replace')[:400]}")
     return result.stdout

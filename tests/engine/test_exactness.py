@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from native import needs_native
 from tiny_models import VOCAB, hf_model, load_saved
 
 from roost_engine.blocks import BlockPool
@@ -21,6 +22,8 @@ from roost_engine.request import FinishReason, Request, SamplingParams
 from roost_engine.sampling import sample
 from roost_engine.scheduler import Scheduler
 from roost_kernels.cpu_sampling import sample_rows
+
+pytestmark = [pytest.mark.model, needs_native]  # much computing, if mostly on tiny models
 
 CACHE = CacheConfig(num_blocks=640, block_size=16)
 NUM_TOKENS = 24

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from native import needs_native
 from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved
 
+from roost_engine.backend import BackendError, BackendOptions, build_backend
 from roost_engine.batch import BlockCopy, Chunk, Direction
 from roost_engine.config import CacheConfig
-from roost_engine.loader import LoadedModel, load_model
+from roost_engine.loader import LoadedModel, load_model, shapes
+from roost_engine.loader.stored import stored_floats
 from roost_engine.native_runner import NativeRunner, WeightFormat
 from roost_engine.runner import ModelRunner
+
+pytestmark = [pytest.mark.model, needs_native]  # much computing, if mostly on tiny models
 
 CACHE = CacheConfig(num_blocks=32, block_size=16, num_host_blocks=4)
 PROMPT = [(7 * i + i * i) % VOCAB for i in range(75)]
@@ -124,6 +130,8 @@ def test_blocks_survive_a_stay_in_host_memory(tmp_path: Path) -> None:
         (Chunk([1], 16, [0], True), "position 16"),
         (Chunk([1], 200, [0] * 20, True), "position 200"),
         (Chunk([1] * 129, 0, [0] * 9, True), "129 tokens"),
+        (Chunk([1], -1, [0], True), "position -1"),
+        (Chunk([], 0, [0], True), "0 tokens"),
     ],
 )
 def test_what_does_not_exist_is_refused_before_it_is_read(
@@ -133,6 +141,43 @@ def test_what_does_not_exist_is_refused_before_it_is_read(
 
     with pytest.raises(IndexError, match=problem):
         runner.forward([step])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(shapes.EMBEDDING, (VOCAB - 1, 64)), (shapes.FINAL_NORM, (48,)), (shapes.HEAD, (16, 64))],
+)
+def test_weights_smaller_than_the_kernels_would_read_are_refused(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = load_saved(hf_model("llama, one to one, untied", **_SIZES), tmp_path)
+    model.weights[name] = stored_floats(np.zeros(shape, np.float32))
+
+    with pytest.raises(ValueError, match="expected"):
+        native(model)
+
+
+def test_a_sliding_window_of_nothing_is_refused(tmp_path: Path) -> None:
+    model = load_saved(hf_model("mistral", **_SIZES), tmp_path)
+    config = msgspec.structs.replace(model.config, sliding_window=0)
+
+    with pytest.raises(ValueError, match="window of 0"):
+        native(msgspec.structs.replace(model, config=config))
+
+
+def test_no_threads_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    model = load_saved(hf_model("llama", **_SIZES), tmp_path)
+
+    with pytest.raises(ValueError, match="0 threads"):
+        native(model, threads=0)
+
+
+def test_a_cache_that_cannot_be_allocated_is_the_operators_fault(tmp_path: Path) -> None:
+    model = load_saved(hf_model("llama", **_SIZES), tmp_path)
+    cache = CacheConfig(num_blocks=2**31 - 1, block_size=256)  # beyond any address space
+
+    with pytest.raises(BackendError, match="lower kv_tokens"):
+        build_backend(model, cache, BackendOptions(num_threads=1))
 
 
 def test_the_real_model_agrees_with_its_torch_twin() -> None:

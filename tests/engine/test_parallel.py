@@ -24,6 +24,8 @@ from roost_engine.parallel import ParallelError, ParallelRunner
 from roost_engine.parallel_plan import ParallelPlan
 from roost_engine.runner import ModelRunner
 
+pytestmark = pytest.mark.model  # each starts processes that import torch
+
 CACHE = CacheConfig(num_blocks=64, block_size=4)
 NUM_NEW_TOKENS = 12
 

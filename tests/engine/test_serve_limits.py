@@ -27,9 +27,7 @@ def test_the_defaults_are_those_of_the_command_line() -> None:
     assert (config.host, config.port) == ("127.0.0.1", 8101)
 
 
-@pytest.mark.parametrize(
-    ("weights", "size"), [("float32", "46080000.0"), ("stored", "23040000.0")]
-)
+@pytest.mark.parametrize(("weights", "size"), [("float32", "46080000.0"), ("stored", "23040000.0")])
 def test_a_kv_cache_larger_than_the_machine_is_refused_before_it_is_allocated(
     weights: str, size: str
 ) -> None:

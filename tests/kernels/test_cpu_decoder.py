@@ -5,10 +5,16 @@ The decoder as a whole is compared with its torch twin in tests/engine/test_nati
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from native import needs_native
 
 from roost_kernels import native_build
 from roost_kernels.cpu_decoder import (
@@ -20,6 +26,8 @@ from roost_kernels.cpu_decoder import (
     rotary_tables,
     row_addresses,
 )
+
+pytestmark = needs_native
 
 GGML = {
     Encoding.F32: GGMLQuantizationType.F32,
@@ -180,3 +188,77 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(native_build.NativeUnavailableError, match="no C\\+\\+ compiler"):
         native_build.build()
     assert not native_build.is_built()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own, and a compiler that takes no time: it copies the library."""
+    library = native_build.build()
+    monkeypatch.setattr(native_build, "cache_directory", lambda: tmp_path)
+    monkeypatch.setattr(native_build, "_compile", lambda command: shutil.copy(library, command[-2]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("left_by_a_crash", [b"", b"\x7fELF", b"no library"])
+def test_a_damaged_library_in_the_cache_is_compiled_again(
+    cache: Path, left_by_a_crash: bytes
+) -> None:
+    path = native_build.build()
+    path.write_bytes(left_by_a_crash)
+
+    library = native_build.load.__wrapped__()
+
+    assert library.roost_instruction_set() in range(4)
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_library_that_cannot_be_loaded_is_told(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_build, "_compile", lambda _: None)  # leaves an empty file
+
+    with pytest.raises(native_build.NativeUnavailableError, match="cannot be loaded"):
+        native_build.load.__wrapped__()
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+
+    with pytest.raises(native_build.NativeUnavailableError, match=r"no home .* set HOME"):
+        native_build.build()
+    assert not native_build.is_built()
+
+
+def test_a_home_that_cannot_be_looked_into_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / ("x" * 300)  # no such name can exist: like a locked one, but also for root
+    monkeypatch.setattr(native_build, "cache_directory", lambda: nowhere)
+
+    assert not native_build.is_built()
+    with pytest.raises(native_build.NativeUnavailableError, match=r"cannot be written .* set HOME"):
+        native_build.build()
+
+
+def test_a_system_that_refuses_threads_gets_a_smaller_team() -> None:
+    # Address space for some stacks of 8 MB, not for 256. In a process of its own, as the limit
+    # stays.
+    program = """
+import resource
+import numpy as np
+from roost_kernels.cpu_decoder import Encoding, Format, PackedMatrix, row_addresses
+
+weights = np.random.default_rng(0).normal(size=(1000, 32)).astype(np.float32)
+rows = row_addresses(weights.view(np.uint8))
+x = np.ones((1, 32), np.float32)
+expected = PackedMatrix(rows, 32, Encoding.F32, Format.F32).multiply(x)
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)
+few = PackedMatrix(rows, 32, Encoding.F32, Format.F32, num_threads=256).multiply(x)
+assert np.array_equal(few, expected)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

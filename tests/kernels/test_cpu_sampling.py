@@ -6,10 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
+from native import needs_native
 
 from roost_engine.request import SamplingParams
 from roost_engine.sampling import sample_plain
 from roost_kernels.cpu_sampling import sample_rows
+
+pytestmark = needs_native
 
 SIZES = (1, 5, 16, 17, 1000, 49152)
 
@@ -69,6 +72,17 @@ def test_forbidden_tokens_are_never_drawn_and_ties_go_to_the_lower_id() -> None:
     assert sample_rows(logits, [params(temperature=0.0)], [0]) == [7]
     drawn = {sample_rows(logits, [params(temperature=1.0, seed=s)], [0])[0] for s in range(64)}
     assert drawn == {7, 31}
+
+
+@pytest.mark.parametrize("allowed", [1, 2, 9])
+@pytest.mark.parametrize(("top_k", "top_p"), [(40, 1.0), (40, 0.9), (0, 0.999999999), (3, 0.5)])
+def test_more_may_be_asked_for_than_is_allowed(allowed: int, top_k: int, top_p: float) -> None:
+    logits = np.full((12, 1000), -np.inf, np.float32)
+    logits[:, 100 : 100 + allowed] = 1e4 * rows(allowed)
+    logits[::2] /= 1e4
+    requests = [params(top_k=top_k, top_p=top_p, seed=seed) for seed in range(12)]
+
+    assert sample_rows(logits, requests, range(12)) == sample_plain(logits, requests, range(12))
 
 
 def test_rows_may_be_apart_and_seeds_negative() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from native import needs_native
 from tiny_models import VOCAB, hf_model, load_saved
 
 from roost_engine.batch import Chunk
@@ -20,7 +21,7 @@ from roost_kernels import native_build
 from roost_kernels.cpu_decoder import instruction_set
 from roost_kernels.cpu_sampling import sample_rows
 
-pytestmark = pytest.mark.model  # compiling takes some seconds for each
+pytestmark = [pytest.mark.model, needs_native]  # compiling takes some seconds for each
 
 PROMPT = [(11 * i + i * i) % VOCAB for i in range(60)]
 #: -march -> what a processor must have to run it, and what the kernels call it.

@@ -161,6 +161,8 @@ class Decoder {
   Team& team() { return team_; }
 
  private:
+  static constexpr int kActivationsAtOnce = 150000;  // bf16: 300 KB
+
   // Queries of one request that are attended together: rows of the step times heads.
   struct AttentionTile {
     int chunk, first_query, num_queries;
@@ -280,10 +282,14 @@ class Decoder {
     const int num_panels = w.num_panels();
     // Four panels at a time, or two where that divides the work more evenly.
     const int unit = num_panels / 4 % team_.size() == 0 || num_panels > 64 * team_.size() ? 4 : 2;
-    // Rows whose activations stay in the second-level cache beside the weights.
-    const int rows_at_once = std::max(2 * kMaxTileRows, 150000 / w.k / kMaxTileRows * kMaxTileRows);
     const int num_units = (num_panels + unit - 1) / unit;
-    const int num_parts = (num_rows + rows_at_once - 1) / rows_at_once;
+    // Equal parts of rows, whole tiles each, whose activations stay in the second-level cache
+    // beside the weights.
+    const int most_rows = std::max(2 * kMaxTileRows, kActivationsAtOnce / w.k);
+    const int num_parts = (num_rows + most_rows - 1) / most_rows;
+    const int num_tiles = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+    const int rows_at_once =
+        num_parts == 0 ? 0 : (num_tiles + num_parts - 1) / num_parts * kMaxTileRows;
     team_.share(share, thread, num_units * num_parts, [&](int item) {
       const int panel = item % num_units * unit, row = item / num_units * rows_at_once;
       multiply(w, panel, std::min(panel + unit, num_panels), rows, row,

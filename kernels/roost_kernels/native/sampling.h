@@ -78,6 +78,8 @@ class Sampler {
   }
 
  private:
+  static constexpr double kAll = 1e300;
+
   struct Candidate {
     double scaled;
     int id;
@@ -120,18 +122,20 @@ class Sampler {
   }
 
   // What min-p, then top-k, then top-p leave; at least the most likely token. Only tokens within
-  // `reach` of it are looked at; where that proves too few, further ones are.
+  // `reach` of it are looked at; where that proves too few, further ones are. Beyond 1000 they
+  // weigh nothing, so then all are: a row whose other tokens are forbidden never has enough.
   void allow(int64_t top_k, double top_p, double min_p) {
     const bool limits_k = top_k < size_;
     double reach = min_p > 0.0 ? -std::log(min_p) : 16.0;
-    while (!try_allow(reach, limits_k ? top_k : size_, limits_k, top_p, min_p > 0.0)) reach *= 4;
+    while (!try_allow(reach, limits_k ? top_k : size_, limits_k, top_p, min_p > 0.0))
+      reach = reach < 1000.0 ? reach * 4 : kAll;
   }
 
   // False if tokens beyond `reach` would have to be seen; `is_exact`: there are none to be.
   bool try_allow(double reach, int64_t top_k, bool limits_k, double top_p, bool is_exact) {
     gather(reach);
     const auto count = [this] { return static_cast<int64_t>(allowed_.size()); };
-    const bool is_complete = is_exact || reach > 1e300 || count() == size_;
+    const bool is_complete = is_exact || reach >= kAll || count() == size_;
     if (limits_k && count() < top_k && !is_complete) return false;
     const auto likelier = [](const Candidate& a, const Candidate& b) {
       return a.scaled > b.scaled || (a.scaled == b.scaled && a.id < b.id);

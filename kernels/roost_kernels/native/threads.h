@@ -5,13 +5,15 @@
 //
 // Work is shared out item by item (`share`): each thread has a range of its own, of neighbouring
 // items, and helps the others when it is through. So a thread that the system has taken off its
-// core holds up the others by one item at most. Results do not depend on who computes what.
+// core holds up the others by one item at most. Results do not depend on who computes what, so
+// where the system grants fewer threads than asked for, the team is smaller.
 #pragma once
 
 #include <sched.h>
 
 #include <atomic>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,9 +31,13 @@ ROOST_INLINE void relax() {
 
 class Team {
  public:
-  explicit Team(int num_threads) : num_threads_(num_threads) {
-    for (int index = 1; index < num_threads; index++)
-      helpers_.emplace_back([this, index] { help(index); });
+  explicit Team(int num_threads) {
+    helpers_.reserve(num_threads - 1);  // so that only a refused thread can throw below
+    try {
+      for (; num_threads_ < num_threads; num_threads_++)
+        helpers_.emplace_back([this, index = num_threads_] { help(index); });
+    } catch (const std::system_error&) {
+    }
   }
 
   ~Team() {
@@ -66,7 +72,7 @@ class Team {
   // Every thread of the team must come here before any goes on.
   void barrier() {
     if (num_threads_ == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
@@ -115,7 +121,7 @@ class Team {
     }
   }
 
-  const int num_threads_;
+  int num_threads_ = 1;  // read by the helpers inside `run` only
   std::vector<std::thread> helpers_;
   std::unique_ptr<Cursor[]> cursors_;
   int num_cursors_ = 0;
@@ -124,7 +130,7 @@ class Team {
   std::atomic<bool> stopping_{false};
   alignas(64) std::atomic<unsigned> start_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<unsigned> phase_{0};  // wraps after a day
 };
 
 }  // namespace roost
