@@ -41,6 +41,7 @@ from roost_engine.core import EngineCore
 from roost_engine.engine_errors import EngineDeadError
 from roost_engine.frontend import Frontend
 from roost_engine.loader import ModelFileError, load_model
+from roost_engine.memory import usable_memory_bytes
 from roost_engine.metrics import EngineMetrics
 from roost_engine.native_runner import WeightFormat
 from roost_engine.parallel_plan import ParallelPlan
@@ -194,22 +195,13 @@ def _check_memory(kv_cache_bytes: int, weights_bytes: int) -> None:
 
     Its pages are touched as they are first used: without this check it would be killed later.
     """
-    memory_bytes = _physical_memory_bytes()
+    memory_bytes = usable_memory_bytes()
     if memory_bytes is not None and kv_cache_bytes + weights_bytes > memory_bytes:
         raise ServeError(
             f"the KV cache would take {_gigabytes(kv_cache_bytes)} beside weights of "
-            f"{_gigabytes(weights_bytes)}, this machine has {_gigabytes(memory_bytes)} in all; "
+            f"{_gigabytes(weights_bytes)}, this process may use {_gigabytes(memory_bytes)}; "
             f"lower kv_tokens"
         )
-
-
-def _physical_memory_bytes() -> int | None:
-    """None where the system does not tell."""
-    try:
-        num_pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return num_pages * page_bytes if num_pages > 0 and page_bytes > 0 else None
 
 
 def _gigabytes(num_bytes: int) -> str:
