@@ -238,10 +238,16 @@ class _Llama3Parser(_Parser):
         call = self._call
         if call is not None:
             self._end_call(call, call.raw)
-        elif not self.is_done and self._num_calls == 0:
-            self._content += self._held
+        elif not self.is_done:
+            self._content += self._undecided()
         self._held = ""
         return self._found()
+
+    def _undecided(self) -> str:
+        """What is held, as content: all of it, but after a call not what parts it from the next."""
+        if self._num_calls == 0:
+            return self._held
+        return self._held.lstrip().removeprefix(";").lstrip()
 
     def _step(self) -> bool:
         if self._is_text:
@@ -255,7 +261,7 @@ class _Llama3Parser(_Parser):
         closing = call.rest.lstrip() if call.are_arguments_over else ""
         if not closing.startswith("}"):
             return False
-        self._held = closing[1:].lstrip().removeprefix(";")
+        self._held = closing[1:]
         self._end_call(call, call.raw)
         return bool(self._held)
 
@@ -267,6 +273,7 @@ class _Llama3Parser(_Parser):
         if text.startswith("{"):
             self._call, self._held = _Call(self._names), text
         else:
+            self._held = self._undecided()
             self._is_text = True
         return True
 

@@ -282,7 +282,7 @@ def engine(**options: Any) -> None:
     help="Formats to judge. Repeat for each.",
 )
 @click.option(
-    "--tokens", "num_tokens", type=click.IntRange(2), help="Of the text.  [default: all, 1,335]"
+    "--tokens", "num_tokens", type=click.IntRange(2), help="Of the text.  [default: all, 4,011]"
 )
 @click.option("--rows", type=click.IntRange(1, 512), default=32, help="Positions a step.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Of the candidates.")

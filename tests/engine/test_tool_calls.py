@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from roost_engine.chat_api import Message, Tool, ToolUse
@@ -147,6 +147,8 @@ def test_every_cut_and_every_character_gives_the_same(
     ),
     style=st.sampled_from(["hermes", "llama3"]),
 )
+@example(text=[called("time", OSLO), " ", "<tool_call>"], style="llama3")
+@example(text=[called("time", OSLO), ";", " ", "x"], style="llama3")
 def test_any_text_is_read_alike_in_pieces_and_whole(text: list[str], style: Any) -> None:
     assert read(style, text) == read(style, ["".join(text)])
 
