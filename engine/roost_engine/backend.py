@@ -60,6 +60,16 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True):
     plan: ParallelPlan = ParallelPlan()  # more than one process: torch
     source: str = ""  # where the processes of a plan load the model from
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch computes, whatever can be had here."""
+        return self.kernels == "torch" or self.plan.num_processes > 1
+
+    @property
+    def weights_in_memory(self) -> WeightFormat:
+        """What the weights become. Torch decodes blocks: it has no fast kernels for them."""
+        return "float32" if self.needs_torch and self.weights == "stored" else self.weights
+
 
 class Backend(msgspec.Struct, frozen=True):
     """What computes a step, what draws its tokens, and what moves its blocks."""
@@ -167,7 +177,6 @@ def _build_parallel(model: LoadedModel, cache: CacheConfig, options: BackendOpti
 
 
 def _torch_dtype(options: BackendOptions) -> Literal["float32", "bfloat16"]:
-    """Blocks of a file are decoded to float32: torch has no fast kernels for them."""
     if options.weights in ("int8", "int4"):
         raise BackendError(f"weights {options.weights} need the native kernels, not torch")
     return "bfloat16" if options.weights == "bfloat16" else "float32"

@@ -34,10 +34,10 @@ from roost_kernels.cpu_decoder import (
     Format,
     PackedMatrix,
     decode_rows,
-    instruction_set,
     rotary_tables,
     row_addresses,
 )
+from roost_kernels.native_library import instruction_set
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,11 +88,6 @@ class NativeRunner:
     def instruction_set(self) -> str:
         """What the kernels were compiled for."""
         return instruction_set()
-
-    @property
-    def block_bytes(self) -> int:
-        """Size of one block over all layers, keys and values."""
-        return self._decoder.block_bytes
 
     def forward(self, chunks: Sequence[Chunk]) -> Floats:
         """Logits (chunks that want them, vocab_size) float32, valid until the next call.

@@ -73,11 +73,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = 30.0  # how long running requests may finish after SIGTERM
     lifeline_fd: int | None = None  # stop when this pipe reaches its end: the parent died
 
-    @property
-    def num_processes(self) -> int:
-        """That compute, this one included."""
-        return self.tensor_parallel * self.pipeline_parallel
-
 
 class ServeError(Exception):
     """The replica cannot start; the operator's fault, the message names the cure."""
@@ -124,13 +119,6 @@ def build_replica(config: ServeConfig) -> Replica:
         cache, limits = _limits(config, model.config)
     except ValueError as error:
         raise ServeError(str(error)) from None
-    weights = config.weights
-    if weights == "stored" and (config.kernels == "torch" or config.num_processes > 1):
-        weights = "float32"  # as torch decodes blocks
-    block_bytes = kv_bytes_per_token(model.config, weights) * cache.block_size
-    kv_cache_bytes = cache.num_blocks * block_bytes
-    host_bytes = cache.num_host_blocks * block_bytes
-    _check_memory(kv_cache_bytes + host_bytes, weight_bytes(model, weights))
     options = BackendOptions(
         kernels=config.kernels,
         weights=config.weights,
@@ -141,6 +129,11 @@ def build_replica(config: ServeConfig) -> Replica:
         ),
         source=config.model,
     )
+    weights = options.weights_in_memory
+    block_bytes = kv_bytes_per_token(model.config, weights) * cache.block_size
+    kv_cache_bytes = cache.num_blocks * block_bytes
+    host_bytes = cache.num_host_blocks * block_bytes
+    _check_memory(kv_cache_bytes + host_bytes, weight_bytes(model, weights))
     try:
         backend = build_backend(model, cache, options)
     except BackendError as error:

@@ -145,6 +145,16 @@ class _Parser:
     def is_done(self) -> bool:
         return self._num_calls == self._max_calls
 
+    def push(self, piece: str) -> Parsed:
+        self._held += piece
+        while not self.is_done and self._step():
+            pass
+        return self._found()
+
+    def _step(self) -> bool:
+        """Read on in `_held`; False: more text is needed."""
+        raise NotImplementedError
+
     def _found(self) -> Parsed:
         parsed = Parsed(self._content, tuple(self._deltas))
         self._content, self._deltas = "", []
@@ -178,12 +188,6 @@ class _HermesParser(_Parser):
         super().__init__(names, max_calls)
         self._gap = ""  # white space before the call that is being read
 
-    def push(self, piece: str) -> Parsed:
-        self._held += piece
-        while not self.is_done and self._step():
-            pass
-        return self._found()
-
     def flush(self) -> Parsed:
         if self._call is not None:
             call = self._call
@@ -195,7 +199,6 @@ class _HermesParser(_Parser):
         return self._found()
 
     def _step(self) -> bool:
-        """Read on in `_held`; False: more text is needed."""
         if self._call is None:
             before, tag, after = self._held.partition(OPEN)
             if tag:
@@ -227,12 +230,6 @@ class _Llama3Parser(_Parser):
     def __init__(self, names: frozenset[str], max_calls: int | None) -> None:
         super().__init__(names, max_calls)
         self._is_text = False
-
-    def push(self, piece: str) -> Parsed:
-        self._held += piece
-        while not self.is_done and self._step():
-            pass
-        return self._found()
 
     def flush(self) -> Parsed:
         call = self._call

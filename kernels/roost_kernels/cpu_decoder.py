@@ -16,12 +16,12 @@ import ctypes as c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from roost_kernels import native_build
+from roost_kernels.native_library import library
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -125,43 +125,11 @@ _CHUNK: Final = np.dtype(
 )
 
 
-def _library() -> Any:
-    """The shared library with the types of its functions."""
-    library = native_build.load()
-    if getattr(library, "is_typed", False):
-        return library
-    pointer, i32, i64 = c.c_void_p, c.c_int32, c.c_int64
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "roost_instruction_set": (i32, []),
-        "roost_allocate": (pointer, [i64]),
-        "roost_address": (pointer, [pointer]),
-        "roost_free": (None, [pointer]),
-        "roost_packed_bytes": (i64, [i32, i32, i32]),
-        "roost_pack": (None, [pointer, i32, i32, i32, i32, pointer, i32]),
-        "roost_decode_rows": (None, [pointer, i32, i32, i32, pointer]),
-        "roost_multiply": (None, [pointer, pointer, i32, pointer, i32]),
-        "roost_decoder_new": (pointer, [pointer, pointer, i32]),
-        "roost_decoder_free": (None, [pointer]),
-        "roost_decoder_step": (None, [pointer, pointer, i32, pointer, i32, pointer, i32]),
-        "roost_decoder_copy_block": (None, [pointer, i32, pointer, i32]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    library.is_typed = True  # type: ignore[attr-defined]
-    return library
-
-
-def instruction_set() -> str:
-    """What the kernels were compiled for: avx512_bf16, avx512, avx2 or generic."""
-    return ("generic", "avx2", "avx512", "avx512_bf16")[_library().roost_instruction_set()]
-
-
 class _NativeBuffer:
     """Zeroed memory in huge pages, freed with the object. MemoryError if there is none."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._library = _library()
+        self._library = library()
         self._handle = self._library.roost_allocate(num_bytes)
         if not self._handle:
             raise MemoryError(f"{num_bytes} bytes cannot be allocated")
@@ -195,10 +163,10 @@ class PackedMatrix:
         _check_threads(num_threads)
         if k % unit or (encoding in (Encoding.Q8_0, Encoding.Q4_1) and k % _GROUP):
             raise ValueError(f"rows of {k} weights do not fit {encoding.name} to {format.name}")
-        library = _library()
+        native = library()
         self.n, self.k, self.format = len(rows), k, format
-        self._buffer = _NativeBuffer(library.roost_packed_bytes(self.n, k, format))
-        library.roost_pack(
+        self._buffer = _NativeBuffer(native.roost_packed_bytes(self.n, k, format))
+        native.roost_pack(
             rows.ctypes.data, self.n, k, encoding, format, self._buffer.address, num_threads
         )
 
@@ -216,7 +184,7 @@ class PackedMatrix:
         if x.ndim != 2 or x.shape[1] != self.k:
             raise ValueError(f"x has shape {x.shape}, expected (rows, {self.k})")
         out = np.empty((x.shape[0], _padded(self.n)), np.float32)
-        _library().roost_multiply(
+        library().roost_multiply(
             c.byref(self._struct()), x.ctypes.data, x.shape[0], out.ctypes.data, out.shape[1]
         )
         return out[:, : self.n]
@@ -252,7 +220,7 @@ def decode_rows(rows: Bytes, k: int, encoding: Encoding) -> Floats:
     """Stored rows (n, row_bytes) as float32 (n, k)."""
     out = np.empty((rows.shape[0], k), np.float32)
     addresses = row_addresses(rows)
-    _library().roost_decode_rows(addresses.ctypes.data, len(rows), k, encoding, out.ctypes.data)
+    library().roost_decode_rows(addresses.ctypes.data, len(rows), k, encoding, out.ctypes.data)
     return out
 
 
@@ -347,7 +315,7 @@ class CpuDecoder:
         _check_threads(num_threads)
         _check_ends(weights, shape)
         self.shape = shape
-        self._library = _library()
+        self._library = library()
         self._weights = weights  # read by the native side for as long as it lives
         layers = (_Layer * shape.num_layers)(
             *(_layer_struct(layer, shape) for layer in weights.layers)
@@ -453,18 +421,24 @@ def _check_threads(num_threads: int) -> None:
         raise ValueError(f"{num_threads} threads; at least 1 computes")
 
 
+def _check_matrix(name: str, matrix: PackedMatrix, size: tuple[int, int]) -> None:
+    if (matrix.n, matrix.k) != size:
+        raise ValueError(f"{name} is {(matrix.n, matrix.k)}, expected {size}")
+
+
+def _check_vector(name: str, vector: Floats, shape: tuple[int, ...]) -> None:
+    if vector.shape != shape or vector.dtype != np.float32 or not vector.flags.c_contiguous:
+        raise ValueError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {shape}")
+
+
 def _check_ends(weights: DecoderWeights, shape: DecoderShape) -> None:
     """ValueError unless what is outside the layers is as large as the kernels will read."""
     if len(weights.layers) != shape.num_layers:
         raise ValueError(f"{len(weights.layers)} layers, expected {shape.num_layers}")
     if any(layer.slides for layer in weights.layers) and shape.sliding_window < 1:
         raise ValueError(f"layers slide over a window of {shape.sliding_window}")
-    head, wanted = weights.head, (shape.vocab_size, shape.hidden_size)
-    if (head.n, head.k) != wanted:
-        raise ValueError(f"head is {(head.n, head.k)}, expected {wanted}")
-    norm = weights.final_norm
-    if norm.shape != wanted[1:] or norm.dtype != np.float32 or not norm.flags.c_contiguous:
-        raise ValueError(f"final_norm is {norm.dtype} {norm.shape}, expected float32 {wanted[1:]}")
+    _check_matrix("head", weights.head, (shape.vocab_size, shape.hidden_size))
+    _check_vector("final_norm", weights.final_norm, (shape.hidden_size,))
     rows = (
         shape.vocab_size,
         _GROUP_BYTES[weights.embedding_encoding] * shape.hidden_size // _GROUP,
@@ -482,9 +456,7 @@ def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:
         "down": (shape.hidden_size, shape.intermediate_size),
     }
     for name, size in expected.items():
-        matrix = getattr(layer, name)
-        if (matrix.n, matrix.k) != size:
-            raise ValueError(f"{name} is {(matrix.n, matrix.k)}, expected {size}")
+        _check_matrix(name, getattr(layer, name), size)
     table = (shape.num_positions, shape.head_dim // 2)
     vectors: dict[str, tuple[int, ...]] = {
         "attention_norm": (shape.hidden_size,),
@@ -499,10 +471,8 @@ def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:
     }
     for name, wanted in vectors.items():
         vector = getattr(layer, name)
-        if vector is None:
-            continue
-        if vector.shape != wanted or vector.dtype != np.float32 or not vector.flags.c_contiguous:
-            raise ValueError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {wanted}")
+        if vector is not None:
+            _check_vector(name, vector, wanted)
     matrices = [getattr(layer, name)._struct() for name in _LAYER_MATRICES]  # noqa: SLF001
     addresses = [_address(getattr(layer, name)) for name in _LAYER_VECTORS]
     return _Layer(*matrices, *addresses, layer.slides)

@@ -8,14 +8,13 @@ at an edge that is a tie to 7 digits the two may keep one token more or less.
 
 from __future__ import annotations
 
-import ctypes as c
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from roost_kernels import native_build
+from roost_kernels.native_library import library
 
 _ROW: Final = np.dtype(
     [
@@ -68,7 +67,7 @@ def sample_rows(
         _ROW,
     )
     tokens = np.empty(num_rows, np.int32)
-    _library().roost_sample(
+    library().roost_sample(
         logits.ctypes.data,
         num_rows,
         logits.strides[0] // 4,
@@ -77,12 +76,3 @@ def sample_rows(
         tokens.ctypes.data,
     )
     return [None if token == _NOT_A_NUMBER else token for token in tokens.tolist()]
-
-
-def _library() -> Any:
-    library = native_build.load()
-    function = library.roost_sample
-    if function.restype is not None:
-        function.restype = None
-        function.argtypes = [c.c_void_p, c.c_int32, c.c_int64, c.c_int32, c.c_void_p, c.c_void_p]
-    return library

@@ -90,7 +90,7 @@ def run_bench_quality(
     forced = partial(
         quality.teacher_forced, token_ids=token_ids, block_size=cache.block_size, rows=rows
     )
-    # Kept: 0.3 GB for this text and a vocabulary of 49k, computed once for all formats.
+    # Kept: 0.8 GB for this text and a vocabulary of 49k, computed once for all formats.
     reference = list(forced(ModelRunner(loaded, cache, torch.float32)))
     passed = True
     for name in formats:

@@ -18,8 +18,8 @@ from roost_engine.native_runner import NativeRunner, WeightFormat
 from roost_engine.request import SamplingParams
 from roost_engine.sampling import sample_plain
 from roost_kernels import native_build
-from roost_kernels.cpu_decoder import instruction_set
 from roost_kernels.cpu_sampling import sample_rows
+from roost_kernels.native_library import instruction_set
 
 pytestmark = [pytest.mark.model, needs_native]  # compiling takes some seconds for each
 

@@ -250,18 +250,7 @@ inline void attend(const KvView<T>& kv, const int* block_table, int kv_head, flo
 #define ROOST_ROWS(R) \
   case R:             \
     return attend<T, R>(kv, block_table, kv_head, scale, rows, scratch);
-    ROOST_ROWS(1)
-    ROOST_ROWS(2)
-    ROOST_ROWS(3)
-    ROOST_ROWS(4)
-    ROOST_ROWS(5)
-    ROOST_ROWS(6)
-    ROOST_ROWS(7)
-    ROOST_ROWS(8)
-    ROOST_ROWS(9)
-    ROOST_ROWS(10)
-    ROOST_ROWS(11)
-    ROOST_ROWS(12)
+    ROOST_FOR_1_TO_12(ROOST_ROWS)
 #undef ROOST_ROWS
   }
 }

@@ -158,8 +158,6 @@ class Decoder {
     }
   }
 
-  Team& team() { return team_; }
-
  private:
   static constexpr int kActivationsAtOnce = 150000;  // bf16: 300 KB
 
@@ -196,9 +194,8 @@ class Decoder {
   template <class T>
   void compute(int thread) {
     int share = 0;
-    const int hidden = config_.hidden_size;
     float* x = x_.as<float>();
-    const size_t x_width = hidden;
+    const size_t x_width = config_.hidden_size;
     team_.share(share++, thread, num_tokens_, [&](int row) { embed(row, x + row * x_width); });
     for (int index = 0; index < config_.num_layers; index++) {
       const LayerWeights& layer = layers_[index];
@@ -277,7 +274,8 @@ class Decoder {
   }
 
   // Product of the rows that `prepare` left; `x` are the same rows before it.
-  void product(int share, int thread, const Matrix& w, const float* x, int num_rows, const Output& out) {
+  void product(int share, int thread, const Matrix& w, const float* x, int num_rows,
+               const Output& out) {
     const Activations rows{x, rounded_.as<bf16>(), sums_.as<float>(), w.k};
     const int num_panels = w.num_panels();
     // Four panels at a time, or two where that divides the work more evenly.

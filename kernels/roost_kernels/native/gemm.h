@@ -260,18 +260,7 @@ inline void multiply_format(const Matrix& w, int panel, int end_panel, const Act
     if constexpr (R <= kMaxTileRows)                            \
       multiply_rows<kFormat, R>(w, panel, end_panel, x, first, is_only_tile, out); \
     break;
-      ROOST_ROWS(1)
-      ROOST_ROWS(2)
-      ROOST_ROWS(3)
-      ROOST_ROWS(4)
-      ROOST_ROWS(5)
-      ROOST_ROWS(6)
-      ROOST_ROWS(7)
-      ROOST_ROWS(8)
-      ROOST_ROWS(9)
-      ROOST_ROWS(10)
-      ROOST_ROWS(11)
-      ROOST_ROWS(12)
+      ROOST_FOR_1_TO_12(ROOST_ROWS)
 #undef ROOST_ROWS
     }
     first += rows;

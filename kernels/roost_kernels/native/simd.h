@@ -27,6 +27,10 @@
 
 #define ROOST_INLINE inline __attribute__((always_inline))
 
+// Cases of a switch from a number of rows to the kernel compiled for it.
+#define ROOST_FOR_1_TO_12(CASE) \
+  CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+
 namespace roost {
 
 constexpr int kLanes = 16;
