@@ -1,9 +1,10 @@
 """Which code computes a replica's steps: the native CPU kernels, or torch.
 
     kernels   native   native_runner.py; compiled on this machine at the first start
-              torch    runner.py; where there is no compiler, as the slow twin, and for a model
-                       that is split over processes (parallel.py)
-              auto     native if it can be had for this model on this machine, else torch
+              torch    runner.py; where there is no compiler, as the slow twin, on a GPU, and for
+                       a model that is split over processes (parallel.py)
+              auto     native if it can be had for this model on this machine, else torch;
+                       torch where a GPU is asked for
 
 Torch is imported only if it computes: a native replica starts in half the time without it.
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
+from roost_engine.device import DeviceError, check_gpu_memory, find_device, is_gpu
 from roost_engine.native_runner import NativeRunner, WeightFormat
 from roost_engine.parallel_plan import ParallelPlan
 from roost_engine.sampling import sample_plain
@@ -37,13 +39,9 @@ if TYPE_CHECKING:
 
 KernelChoice: TypeAlias = Literal["auto", "native", "torch"]
 
-# Bytes of a weight in memory, scales included; "stored" is what the file takes.
-_WEIGHT_BYTES: dict[WeightFormat, float] = {
-    "float32": 4.0,
-    "bfloat16": 2.0,
-    "int8": 34 / 32,
-    "int4": 20 / 32,
-}
+# Bytes of a weight in memory, scales included; with "stored" by encoding, others as bfloat16.
+_WEIGHT_BYTES: dict[WeightFormat, float] = {"float32": 4.0, "bfloat16": 2.0, "stored": 2.0}
+_STORED_BYTES = {"q8_0": 34 / 32, "q5_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 20 / 32}
 
 
 class BackendError(Exception):
@@ -54,6 +52,7 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How steps are computed."""
 
     kernels: KernelChoice = "auto"
+    device: str = "auto"  # see device.py; a GPU: torch
     weights: WeightFormat = "stored"
     num_threads: int | None = None  # None: one for each core this process may use
     max_step_tokens: int = 512
@@ -63,7 +62,12 @@ class BackendOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def needs_torch(self) -> bool:
         """Whether torch computes, whatever can be had here."""
-        return self.kernels == "torch" or self.plan.num_processes > 1
+        return self.kernels == "torch" or self.plan.num_processes > 1 or self.is_for_gpu
+
+    @property
+    def is_for_gpu(self) -> bool:
+        """Whether a GPU is asked for by name. DeviceError for a device that is none."""
+        return is_gpu(self.device)
 
     @property
     def weights_in_memory(self) -> WeightFormat:
@@ -84,12 +88,24 @@ class Backend(msgspec.Struct, frozen=True):
 def build_backend(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
     """Load the weights into the kernels; a second, and some 20 s more at the very first time.
 
-    BackendError if `kernels` cannot be had. With `auto` the reason for torch goes to stderr.
+    BackendError if `kernels` or `device` cannot be had. With `auto` the reason for torch goes to
+    stderr.
     """
-    if options.plan.num_processes > 1:
-        return _build_parallel(model, cache, options)
-    if options.kernels == "torch":
-        return _build_torch(model, cache, options)
+    try:
+        if options.is_for_gpu and options.kernels == "native":
+            raise BackendError("the native kernels compute on the CPU only; use torch on a GPU")
+        if options.plan.num_processes > 1:
+            return _build_parallel(model, cache, options)
+        if options.needs_torch:
+            return _build_torch(model, cache, options)
+        return _build_native_or_torch(model, cache, options)
+    except DeviceError as error:
+        raise BackendError(str(error)) from None
+
+
+def _build_native_or_torch(
+    model: LoadedModel, cache: CacheConfig, options: BackendOptions
+) -> Backend:
     try:
         return _build_native(model, cache, options)
     except (NativeUnavailableError, ValueError) as error:
@@ -109,10 +125,15 @@ def kv_bytes_per_token(config: ModelConfig, weights: WeightFormat) -> int:
 
 def weight_bytes(model: LoadedModel, weights: WeightFormat) -> int:
     """Bytes that the weights take in memory, about."""
-    if weights == "stored":
-        return sum(tensor.num_bytes for tensor in model.weights.values())
-    num_weights = sum(prod(tensor.shape) for tensor in model.weights.values())
-    return int(num_weights * _WEIGHT_BYTES[weights])
+    of_encoding = _STORED_BYTES if weights == "stored" else {}
+    each = _WEIGHT_BYTES[weights]
+    num_bytes = 0.0
+    for tensor in model.weights.values():
+        is_matrix = len(tensor.shape) > 1  # vectors are float32 always
+        num_bytes += prod(tensor.shape) * (
+            of_encoding.get(tensor.encoding, each) if is_matrix else 4.0
+        )
+    return int(num_bytes)
 
 
 def num_usable_cores() -> int:
@@ -144,14 +165,19 @@ def _build_torch(model: LoadedModel, cache: CacheConfig, options: BackendOptions
     from roost_engine.runner import ModelRunner  # noqa: PLC0415
 
     dtype = _torch_dtype(options)
+    device = find_device(options.device)
+    if device.type == "cuda":
+        kv_bytes = cache.num_tokens * kv_bytes_per_token(model.config, dtype)
+        check_gpu_memory(device, kv_bytes, weight_bytes(model, dtype))
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    runner = ModelRunner(model, cache, getattr(torch, dtype))
+    runner = ModelRunner(model, cache, getattr(torch, dtype), device)
     copy_blocks = None
     if cache.num_host_blocks:
         tier = HostTier(runner.cache, cache.num_host_blocks, cache.block_size)
         copy_blocks = tier.execute
-    return Backend(runner, sample_plain, copy_blocks, f"torch, {dtype}")
+    where = "" if device.type == "cpu" else f" on {device}"
+    return Backend(runner, sample_plain, copy_blocks, f"torch{where}, {dtype}")
 
 
 def _build_parallel(model: LoadedModel, cache: CacheConfig, options: BackendOptions) -> Backend:
@@ -159,6 +185,8 @@ def _build_parallel(model: LoadedModel, cache: CacheConfig, options: BackendOpti
 
     if options.kernels == "native":
         raise BackendError("the native kernels cannot split a model over processes; use torch")
+    if options.is_for_gpu:
+        raise BackendError("a model split over processes computes on the CPU only; use cpu")
     plan = options.plan
     try:
         runner = ParallelRunner(
@@ -177,6 +205,4 @@ def _build_parallel(model: LoadedModel, cache: CacheConfig, options: BackendOpti
 
 
 def _torch_dtype(options: BackendOptions) -> Literal["float32", "bfloat16"]:
-    if options.weights in ("int8", "int4"):
-        raise BackendError(f"weights {options.weights} need the native kernels, not torch")
     return "bfloat16" if options.weights == "bfloat16" else "float32"

@@ -10,12 +10,8 @@ that a chunk reads. Their order matters: a slot may be read by one copy and writ
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
 
 import msgspec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
@@ -45,21 +41,3 @@ class BlockCopy(msgspec.Struct, frozen=True, gc=False):
     block: int  # on the device
     host_block: int
     direction: Direction
-
-
-def parallel_runs(copies: Iterable[BlockCopy]) -> list[list[BlockCopy]]:
-    """The orders cut into runs, in their order; the copies of one run may be done in any order.
-
-    A run has one direction and no destination twice: what it reads lies in the other tier, so
-    none of its copies reads what another one writes.
-    """
-    runs: list[list[BlockCopy]] = []
-    written: set[int] = set()
-    for copy in copies:
-        target = copy.host_block if copy.direction is Direction.OUT else copy.block
-        if not runs or runs[-1][0].direction is not copy.direction or target in written:
-            runs.append([])
-            written.clear()
-        runs[-1].append(copy)
-        written.add(target)
-    return runs

@@ -4,8 +4,8 @@ The pool decides (blocks.py), the step carries the orders, this executes them be
 computation. Host memory has the layout of the cache (roost_kernels/kv_store.py), so a block is
 one contiguous piece on either side, and a restored block is bit-equal to the evicted one.
 
-Cost: a copy moves the KV of `block_size` tokens, 737 KB for SmolLM2 in float32. Orders are
-executed in runs that do not depend on each other, two tensor operations a layer and a run.
+Cost: a copy moves the KV of `block_size` tokens, 737 KB for SmolLM2 in float32, as two pieces a
+layer.
 
 Not here: which blocks (offload.py), the native runner's own layout.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from roost_engine.batch import Direction, parallel_runs
+from roost_engine.batch import Direction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +41,9 @@ class LayerTensors(Protocol):
 class HostTier:
     """Host memory for `num_host_blocks` blocks of every layer, beside the device's cache.
 
-    Its memory is reserved but not touched until blocks are offloaded; pinned where the cache is
-    on a GPU, which makes copies several times faster.
+    Its memory is reserved but not touched until blocks are offloaded. Beside a GPU it is pinned:
+    all of it is resident at once, and the GPU copies by itself, in the order of its stream, so
+    that nobody waits here.
     """
 
     def __init__(
@@ -57,14 +58,13 @@ class HostTier:
     @torch.inference_mode()
     def execute(self, copies: Sequence[BlockCopy]) -> None:
         """Do all copies, as if one after the other in their order."""
-        for run in parallel_runs(copies):
-            blocks = torch.tensor([copy.block for copy in run])
-            host_blocks = torch.tensor([copy.host_block for copy in run])
+        for copy in copies:
             for device, host in self._pairs:
-                if run[0].direction is Direction.OUT:
-                    host[host_blocks] = device[blocks.to(device.device)].to(host.device)
+                block, host_block = device[copy.block], host[copy.host_block]
+                if copy.direction is Direction.OUT:
+                    host_block.copy_(block, non_blocking=True)
                 else:
-                    device[blocks.to(device.device)] = host[host_blocks].to(device.device)
+                    block.copy_(host_block, non_blocking=True)
 
 
 def _by_block(tensor: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -76,5 +76,6 @@ def _host_twin(tensor: torch.Tensor, num_host_blocks: int, block_size: int) -> t
     return torch.empty(
         (num_host_blocks, block_size, *tensor.shape[1:]),
         dtype=tensor.dtype,
+        device="cpu",
         pin_memory=tensor.is_cuda,
     )

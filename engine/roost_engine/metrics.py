@@ -4,9 +4,15 @@ Gauges and counters are read from scheduler and pool when somebody scrapes: the 
 plain integers and does not know this module. Only the latency histograms are fed from outside,
 through RequestTimes, which the front end tells of every delta.
 
-Beside vLLM's names: `roost_engine:prefill_tokens` (prompt tokens computed, that is not taken
-from the cache, recomputation included), `roost_engine:free_blocks` and
-`roost_engine:expired_requests` (refused because their deadline passed while they waited).
+Beside vLLM's names, where vLLM counts nothing of the kind:
+
+    roost_engine:prefill_tokens     prompt tokens computed, not taken from the cache; recomputation
+                                    included
+    roost_engine:free_blocks        blocks that can be allocated now
+    roost_engine:restored_tokens    copied back from host memory instead of computed
+    roost_engine:host_blocks_used   blocks in host memory now
+    roost_engine:expired_requests   refused because their deadline passed while they waited
+    roost_engine:broken_pins        pins given up because a request could not run beside them
 
 Invariants: one registry per replica, nothing global; all series carry model_name and engine.
 
@@ -39,7 +45,10 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS: Final = "roost_engine:prefill_tokens"
 FREE_BLOCKS: Final = "roost_engine:free_blocks"
+RESTORED_TOKENS: Final = "roost_engine:restored_tokens"
+HOST_BLOCKS_USED: Final = "roost_engine:host_blocks_used"
 EXPIRED_REQUESTS: Final = "roost_engine:expired_requests"
+BROKEN_PINS: Final = "roost_engine:broken_pins"
 
 # Seconds. vLLM's buckets, thinned out where a decision would not change.
 _TTFT_BUCKETS: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.25, 2.5, 5, 10, 20, 80)
@@ -126,6 +135,7 @@ class _EngineCollector(Collector):
         yield self._gauge(names.NUM_REQUESTS_WAITING, "Without blocks.", self._core.num_waiting)
         yield self._gauge(names.KV_CACHE_USAGE, "Share of blocks in use, 0 to 1.", pool.usage)
         yield self._gauge(FREE_BLOCKS, "Blocks that can be allocated now.", pool.num_free)
+        yield self._gauge(HOST_BLOCKS_USED, "Blocks in host memory.", pool.num_host_used)
         yield self._cache_config()
         yield self._counter(
             names.PREFIX_CACHE_QUERIES, "Prompt tokens looked up.", counters.prefix_queries_tokens
@@ -141,7 +151,11 @@ class _EngineCollector(Collector):
         )
         yield self._counter(names.NUM_PREEMPTIONS, "Preemptions.", counters.preemptions)
         yield self._counter(PREFILL_TOKENS, "Prompt tokens computed.", counters.prefill_tokens)
+        yield self._counter(
+            RESTORED_TOKENS, "Tokens copied back from host memory.", counters.restored_tokens
+        )
         yield self._counter(EXPIRED_REQUESTS, "Deadlines passed in the queue.", counters.expired)
+        yield self._counter(BROKEN_PINS, "Pins given up for a request.", counters.pins_broken)
 
     def _gauge(self, name: str, documentation: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, documentation, labels=_LABELS)

@@ -6,15 +6,14 @@ token does not depend on batch, chunking, cache hits or preemption (native/decod
     `weights`   matrices                                        activations   KV cache
     float32     float32                                         float32       float32
     bfloat16    bfloat16                                        bfloat16      half
-    stored      4-bit (Q4_1) and 8-bit (Q8_0) blocks of the     bfloat16      half
-                file as they are, anything else bfloat16
-    int8, int4  quantised while loading, groups of 32;          bfloat16      half
-                with int4 the output head is int8
+    stored      blocks of the file, every number as it is, in   bfloat16      half
+                4 bits (Q4_0, Q4_1) or 8 (Q5_0, Q8_0);
+                anything else bfloat16
 
-Parts that are fused into one matrix (q, k, v; gate, up) are brought to bfloat16 where the file
-stores them differently.
+Parts that are fused into one matrix (q, k, v; gate, up) may be stored differently. With `stored`
+the matrix is in 4 or 8 bits if all its parts fit that, else in bfloat16.
 
-Not here: what the kernels do (roost_kernels/cpu_decoder.py), reading files (loader/).
+Not here: what the kernels do (roost_kernels/), reading files (loader/).
 """
 
 from __future__ import annotations
@@ -30,26 +29,27 @@ from roost_kernels.cpu_decoder import (
     DecoderLayer,
     DecoderShape,
     DecoderWeights,
+    rotary_tables,
+)
+from roost_kernels.native_library import instruction_set
+from roost_kernels.packed_matrix import (
+    GRID_FORMATS,
     Encoding,
     Format,
     PackedMatrix,
-    decode_rows,
-    rotary_tables,
-    row_addresses,
+    stored_rows,
 )
-from roost_kernels.native_library import instruction_set
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from collections.abc import Set as AbstractSet
 
     from roost_engine.batch import BlockCopy, Chunk
     from roost_engine.config import CacheConfig, ModelConfig
     from roost_engine.loader import LoadedModel
     from roost_engine.loader.stored import StoredTensor
-    from roost_kernels.cpu_decoder import Bytes, Floats
+    from roost_kernels.packed_matrix import Bytes, Floats
 
-WeightFormat: TypeAlias = Literal["float32", "bfloat16", "stored", "int8", "int4"]
+WeightFormat: TypeAlias = Literal["float32", "bfloat16", "stored"]
 
 _ENCODINGS: Final = {
     "f32": Encoding.F32,
@@ -57,8 +57,9 @@ _ENCODINGS: Final = {
     "bf16": Encoding.BF16,
     "q8_0": Encoding.Q8_0,
     "q4_1": Encoding.Q4_1,
+    "q4_0": Encoding.Q4_0,
+    "q5_0": Encoding.Q5_0,
 }
-_STORED_FORMATS: Final = {"q8_0": Format.INT8, "q4_1": Format.INT4}
 
 
 class NativeRunner:
@@ -164,7 +165,7 @@ class _Packer:
         head = self._tensors[shapes.EMBEDDING if config.tie_embeddings else shapes.HEAD]
         return DecoderWeights(
             layers=layers,
-            head=self._matrix([head], is_head=True),
+            head=self._matrix([head]),
             final_norm=self._vector(shapes.FINAL_NORM),
             embedding=embedding.rows,
             embedding_encoding=_ENCODINGS[embedding.encoding],
@@ -211,36 +212,22 @@ class _Packer:
     def _vector(self, name: str) -> Floats:
         return np.ascontiguousarray(self._tensors[name].to_numpy().ravel(), np.float32)
 
-    def _matrix(
-        self, parts: list[StoredTensor], *, interleaves: bool = False, is_head: bool = False
-    ) -> PackedMatrix:
+    def _matrix(self, parts: list[StoredTensor], *, interleaves: bool = False) -> PackedMatrix:
         """One matrix of all rows of `parts`; `interleaves`: 16 rows of each in turn."""
-        encodings = {part.encoding for part in parts}
-        k = parts[0].shape[1]
-        rows = [part.rows for part in parts]
-        encoding = _ENCODINGS[parts[0].encoding]
-        if len(encodings) > 1:
-            rows = [
-                decode_rows(part.rows, k, _ENCODINGS[part.encoding]).view(np.uint8)
-                for part in parts
-            ]
-            encoding = Encoding.F32
-        addresses = [row_addresses(each) for each in rows]
-        joined = np.concatenate(addresses)
+        encodings = [_ENCODINGS[part.encoding] for part in parts]
+        rows = stored_rows(
+            *((part.rows, encoding) for part, encoding in zip(parts, encodings, strict=True))
+        )
         if interleaves:
-            joined = np.stack([each.reshape(-1, 16) for each in addresses], axis=1).ravel()
-        chosen = self._matrix_format(encodings, k, is_head=is_head)
-        return PackedMatrix(joined, k, encoding, chosen, self._num_threads)
+            order = np.arange(len(rows)).reshape(len(parts), -1, 16)
+            rows = rows.take(order.swapaxes(0, 1).ravel())
+        chosen = self._matrix_format(encodings)
+        return PackedMatrix(rows, parts[0].shape[1], chosen, self._num_threads)
 
-    def _matrix_format(self, encodings: AbstractSet[str], k: int, *, is_head: bool) -> Format:
+    def _matrix_format(self, encodings: Sequence[Encoding]) -> Format:
         if self._format == "float32":
             return Format.F32
-        if k % 32:  # groups of 32 do not fit the rows
-            return Format.BF16
-        if self._format == "int4":
-            return Format.INT8 if is_head else Format.INT4
-        if self._format == "int8":
-            return Format.INT8
-        if self._format == "stored" and len(encodings) == 1:
-            return _STORED_FORMATS.get(next(iter(encodings)), Format.BF16)
+        grids = {GRID_FORMATS.get(encoding, Format.BF16) for encoding in encodings}
+        if self._format == "stored" and len(grids) == 1:
+            return grids.pop()
         return Format.BF16

@@ -38,6 +38,7 @@ from roost_engine.batch import Chunk
 from roost_engine.blocks import BlockPool
 from roost_engine.config import CacheConfig, ModelConfig, SchedulerConfig
 from roost_engine.core import EngineCore
+from roost_engine.device import DeviceError
 from roost_engine.engine_errors import EngineDeadError
 from roost_engine.frontend import Frontend
 from roost_engine.loader import ModelFileError, load_model
@@ -59,6 +60,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8101  # 0: any free one, shown in the ready line
     weights: WeightFormat = "stored"  # in memory; stored: 4- and 8-bit blocks as in the file
     kernels: KernelChoice = "auto"  # native where a compiler is, else torch
+    device: str = "auto"  # of torch: cpu, cuda, cuda:N; auto: a GPU where torch finds one
     threads: int | None = None  # None: one for each core
     tensor_parallel: int = 1  # processes that share each layer; torch only
     pipeline_parallel: int = 1  # processes that hold the layers in turn; torch only
@@ -121,6 +123,7 @@ def build_replica(config: ServeConfig) -> Replica:
         raise ServeError(str(error)) from None
     options = BackendOptions(
         kernels=config.kernels,
+        device=config.device,
         weights=config.weights,
         num_threads=config.threads,
         max_step_tokens=limits.max_step_tokens,
@@ -129,14 +132,17 @@ def build_replica(config: ServeConfig) -> Replica:
         ),
         source=config.model,
     )
-    weights = options.weights_in_memory
-    block_bytes = kv_bytes_per_token(model.config, weights) * cache.block_size
-    kv_cache_bytes = cache.num_blocks * block_bytes
-    host_bytes = cache.num_host_blocks * block_bytes
-    _check_memory(kv_cache_bytes + host_bytes, weight_bytes(model, weights))
     try:
+        weights = options.weights_in_memory
+        block_bytes = kv_bytes_per_token(model.config, weights) * cache.block_size
+        kv_cache_bytes = cache.num_blocks * block_bytes
+        host_bytes = cache.num_host_blocks * block_bytes
+        if options.is_for_gpu:  # of the machine's memory it takes the host tier's only
+            _check_memory(host_bytes, 0)
+        else:
+            _check_memory(kv_cache_bytes + host_bytes, weight_bytes(model, weights))
         backend = build_backend(model, cache, options)
-    except BackendError as error:
+    except (BackendError, DeviceError) as error:
         raise ServeError(str(error)) from None
     # The first step is slower than the next ones; no client should pay for it.
     backend.runner.forward([Chunk(token_ids=[0], start=0, block_table=[0], wants_logits=True)])
@@ -193,7 +199,7 @@ def _check_memory(kv_cache_bytes: int, weights_bytes: int) -> None:
         raise ServeError(
             f"the KV cache would take {_gigabytes(kv_cache_bytes)} beside weights of "
             f"{_gigabytes(weights_bytes)}, this process may use {_gigabytes(memory_bytes)}; "
-            f"lower kv_tokens"
+            f"lower kv_tokens or host_kv_tokens"
         )
 
 

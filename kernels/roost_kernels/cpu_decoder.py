@@ -1,7 +1,7 @@
 """A decoder on the CPU: the native kernels behind numpy arrays.
 
-    stored rows --pack--> PackedMatrix (panels) --+
-    norms, biases, rotary tables -----------------+--> CpuDecoder --step--> logits
+    packed matrices (packed_matrix.py) --+
+    norms, biases, rotary tables --------+--> CpuDecoder --step--> logits
 
 The native side (native/decoder.h) computes a whole step in one call, which releases the GIL. It
 reads weights and tables where they lie, so this side keeps them alive, and checks everything that
@@ -15,62 +15,23 @@ from __future__ import annotations
 import ctypes as c
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from roost_kernels.native_library import library
-
-Floats: TypeAlias = npt.NDArray[np.float32]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
-
-_LANES: Final = 16  # columns of a panel; positions of a run of keys
-_GROUP: Final = 32  # weights that share a scale
-
-
-class Encoding(IntEnum):
-    """How a model file stores a row; native/weights.h."""
-
-    F32 = 0
-    F16 = 1
-    BF16 = 2
-    Q8_0 = 3
-    Q4_1 = 4
-
-
-_GROUP_BYTES: Final = {  # stored bytes of 32 weights
-    Encoding.F32: 128,
-    Encoding.F16: 64,
-    Encoding.BF16: 64,
-    Encoding.Q8_0: 34,
-    Encoding.Q4_1: 20,
-}
-
-
-class Format(IntEnum):
-    """How a kernel reads a matrix; native/weights.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2  # 32 weights share a scale
-    INT4 = 3  # 32 weights share a scale and a minimum
-
-
-#: Addresses of stored rows, (n,) uint64; 0 stands for a row of zeros.
-RowAddresses: TypeAlias = npt.NDArray[np.uint64]
-
-
-class _Matrix(c.Structure):
-    _fields_ = [
-        ("n", c.c_int32),
-        ("k", c.c_int32),
-        ("format", c.c_int32),
-        ("unused", c.c_int32),
-        ("data", c.c_void_p),
-    ]
-
+from roost_kernels.packed_matrix import (
+    LANES,
+    Bytes,
+    Encoding,
+    Floats,
+    MatrixStruct,
+    PackedMatrix,
+    check_threads,
+    padded,
+    row_bytes,
+)
 
 _CONFIG_SIZES: Final = (
     *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
@@ -97,7 +58,7 @@ _LAYER_VECTORS: Final = (
 
 class _Layer(c.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in _LAYER_MATRICES),
+        *((name, MatrixStruct) for name in _LAYER_MATRICES),
         *((name, c.c_void_p) for name in _LAYER_VECTORS),
         ("slides", c.c_int32),
         ("unused", c.c_int32),
@@ -107,7 +68,7 @@ class _Layer(c.Structure):
 class _Model(c.Structure):
     _fields_ = [
         ("layers", c.POINTER(_Layer)),
-        ("head", _Matrix),
+        ("head", MatrixStruct),
         ("final_norm", c.c_void_p),
         ("embedding", c.c_void_p),
         ("embedding_row_bytes", c.c_int64),
@@ -125,82 +86,6 @@ _CHUNK: Final = np.dtype(
 )
 
 
-class _NativeBuffer:
-    """Zeroed memory in huge pages, freed with the object. MemoryError if there is none."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._library = library()
-        self._handle = self._library.roost_allocate(num_bytes)
-        if not self._handle:
-            raise MemoryError(f"{num_bytes} bytes cannot be allocated")
-        self.num_bytes = num_bytes
-        self.address: int = self._library.roost_address(self._handle) or 0
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.roost_free(self._handle)
-
-
-class PackedMatrix:
-    """A weight matrix (n, k) in the order in which its kernel reads it.
-
-    `rows`: addresses of the n stored rows, each of k weights in `encoding`; they may come from
-    several tensors, which is how matrices are fused. The rows are not needed afterwards.
-
-    INT8 from Q8_0 and INT4 from Q4_1 keep the numbers of the file; from other encodings they
-    quantise (groups of 32 along k).
-    """
-
-    def __init__(
-        self,
-        rows: RowAddresses,
-        k: int,
-        encoding: Encoding,
-        format: Format,  # noqa: A002 - the field's word
-        num_threads: int = 1,
-    ) -> None:
-        unit = _GROUP if format in (Format.INT8, Format.INT4) else _LANES
-        _check_threads(num_threads)
-        if k % unit or (encoding in (Encoding.Q8_0, Encoding.Q4_1) and k % _GROUP):
-            raise ValueError(f"rows of {k} weights do not fit {encoding.name} to {format.name}")
-        native = library()
-        self.n, self.k, self.format = len(rows), k, format
-        self._buffer = _NativeBuffer(native.roost_packed_bytes(self.n, k, format))
-        native.roost_pack(
-            rows.ctypes.data, self.n, k, encoding, format, self._buffer.address, num_threads
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """Size in memory, padding included."""
-        return self._buffer.num_bytes
-
-    def multiply(self, x: Floats) -> Floats:
-        """x (rows, k) times the transposed matrix, (rows, n) float32; on one thread.
-
-        Activations are rounded to bfloat16 first unless the format is F32.
-        """
-        x = np.ascontiguousarray(x, np.float32)
-        if x.ndim != 2 or x.shape[1] != self.k:
-            raise ValueError(f"x has shape {x.shape}, expected (rows, {self.k})")
-        out = np.empty((x.shape[0], _padded(self.n)), np.float32)
-        library().roost_multiply(
-            c.byref(self._struct()), x.ctypes.data, x.shape[0], out.ctypes.data, out.shape[1]
-        )
-        return out[:, : self.n]
-
-    def _struct(self) -> _Matrix:
-        return _Matrix(self.n, self.k, self.format, 0, self._buffer.address)
-
-
-def row_addresses(rows: Bytes) -> RowAddresses:
-    """Addresses of the rows of `rows` (n, row_bytes), which must outlive their use."""
-    if rows.ndim != 2 or rows.strides[1] != 1:
-        raise ValueError("rows must be a two-dimensional array of contiguous rows")
-    first = np.uint64(rows.ctypes.data)
-    return first + np.arange(rows.shape[0], dtype=np.uint64) * np.uint64(rows.strides[0])
-
-
 def rotary_tables(
     head_dim: int, num_positions: int, theta: float, divisors: Sequence[float] = ()
 ) -> tuple[Floats, Floats]:
@@ -214,14 +99,6 @@ def rotary_tables(
         frequencies /= np.asarray(divisors, np.float32)
     angles = np.outer(np.arange(num_positions, dtype=np.float32), frequencies)
     return np.cos(angles), np.sin(angles)
-
-
-def decode_rows(rows: Bytes, k: int, encoding: Encoding) -> Floats:
-    """Stored rows (n, row_bytes) as float32 (n, k)."""
-    out = np.empty((rows.shape[0], k), np.float32)
-    addresses = row_addresses(rows)
-    library().roost_decode_rows(addresses.ctypes.data, len(rows), k, encoding, out.ctypes.data)
-    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +130,8 @@ class DecoderShape:
         """ValueError for sizes that the kernels do not have."""
         for name in ("hidden_size", "intermediate_size", "head_dim", "block_size"):
             size = getattr(self, name)
-            if size < _LANES or size % _LANES:
-                raise ValueError(f"{name} is {size}; the CPU kernels need a multiple of {_LANES}")
+            if size < LANES or size % LANES:
+                raise ValueError(f"{name} is {size}; the CPU kernels need a multiple of {LANES}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads over {self.num_kv_heads} key/value heads")
 
@@ -312,7 +189,7 @@ class CpuDecoder:
     def __init__(self, shape: DecoderShape, weights: DecoderWeights, num_threads: int) -> None:
         """MemoryError if the cache cannot be allocated, ValueError for sizes that do not fit."""
         shape.check()
-        _check_threads(num_threads)
+        check_threads(num_threads)
         _check_ends(weights, shape)
         self.shape = shape
         self._library = library()
@@ -322,7 +199,7 @@ class CpuDecoder:
         )
         model = _Model(
             layers,
-            weights.head._struct(),  # noqa: SLF001
+            weights.head.struct(),
             weights.final_norm.ctypes.data,
             weights.embedding.ctypes.data,
             weights.embedding.strides[0],
@@ -332,7 +209,7 @@ class CpuDecoder:
         self._handle = self._library.roost_decoder_new(c.byref(config), c.byref(model), num_threads)
         if not self._handle:
             raise MemoryError("the KV cache cannot be allocated")
-        self._logits_width = _padded(shape.vocab_size)
+        self._logits_width = padded(shape.vocab_size)
         self._logits = np.empty((0, self._logits_width), np.float32)
 
     def __del__(self) -> None:
@@ -415,12 +292,6 @@ class CpuDecoder:
                 raise IndexError(f"{what} ids {values.min()} .. {values.max()} of {end}")
 
 
-def _check_threads(num_threads: int) -> None:
-    """ValueError for a team of no threads."""
-    if num_threads < 1:
-        raise ValueError(f"{num_threads} threads; at least 1 computes")
-
-
 def _check_matrix(name: str, matrix: PackedMatrix, size: tuple[int, int]) -> None:
     if (matrix.n, matrix.k) != size:
         raise ValueError(f"{name} is {(matrix.n, matrix.k)}, expected {size}")
@@ -439,10 +310,7 @@ def _check_ends(weights: DecoderWeights, shape: DecoderShape) -> None:
         raise ValueError(f"layers slide over a window of {shape.sliding_window}")
     _check_matrix("head", weights.head, (shape.vocab_size, shape.hidden_size))
     _check_vector("final_norm", weights.final_norm, (shape.hidden_size,))
-    rows = (
-        shape.vocab_size,
-        _GROUP_BYTES[weights.embedding_encoding] * shape.hidden_size // _GROUP,
-    )
+    rows = (shape.vocab_size, row_bytes(weights.embedding_encoding, shape.hidden_size))
     if weights.embedding.shape != rows:
         raise ValueError(f"embedding is {weights.embedding.shape} bytes, expected {rows}")
 
@@ -461,7 +329,7 @@ def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:
     vectors: dict[str, tuple[int, ...]] = {
         "attention_norm": (shape.hidden_size,),
         "mlp_norm": (shape.hidden_size,),
-        "qkv_bias": (_padded(q_size + 2 * kv_size),),
+        "qkv_bias": (padded(q_size + 2 * kv_size),),
         "q_norm": (shape.head_dim,),
         "k_norm": (shape.head_dim,),
         "post_attention_norm": (shape.hidden_size,),
@@ -473,14 +341,10 @@ def _layer_struct(layer: DecoderLayer, shape: DecoderShape) -> _Layer:
         vector = getattr(layer, name)
         if vector is not None:
             _check_vector(name, vector, wanted)
-    matrices = [getattr(layer, name)._struct() for name in _LAYER_MATRICES]  # noqa: SLF001
+    matrices = [getattr(layer, name).struct() for name in _LAYER_MATRICES]
     addresses = [_address(getattr(layer, name)) for name in _LAYER_VECTORS]
     return _Layer(*matrices, *addresses, layer.slides)
 
 
 def _address(array: Floats | None) -> int | None:
     return None if array is None else array.ctypes.data
-
-
-def _padded(size: int) -> int:
-    return -(-size // _LANES) * _LANES

@@ -1,7 +1,7 @@
 """The native library with the types of its functions; the C side is native/roost_cpu.cpp.
 
-Not here: compiling it (native_build.py), what stands behind the functions (cpu_decoder.py,
-cpu_sampling.py).
+Not here: compiling it (native_build.py), what stands behind the functions (packed_matrix.py,
+cpu_decoder.py, cpu_sampling.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "roost_address": (_POINTER, [_POINTER]),
     "roost_free": (None, [_POINTER]),
     "roost_packed_bytes": (_I64, [_I32, _I32, _I32]),
-    "roost_pack": (None, [_POINTER, _I32, _I32, _I32, _I32, _POINTER, _I32]),
+    "roost_pack": (_I32, [_POINTER, _POINTER, _I32, _I32, _I32, _POINTER, _I32]),
     "roost_decode_rows": (None, [_POINTER, _I32, _I32, _I32, _POINTER]),
     "roost_multiply": (None, [_POINTER, _POINTER, _I32, _POINTER, _I32]),
     "roost_decoder_new": (_POINTER, [_POINTER, _POINTER, _I32]),

@@ -50,7 +50,8 @@ def build_span(start: int, num_queries: int, slots: torch.Tensor, window: int = 
     slides = 0 < window < num_queries + diagonal
     mask = None
     if num_queries > 1 and (diagonal > 0 or slides):
-        mask = torch.ones(num_queries, num_seen, dtype=torch.bool).tril(diagonal)
+        mask = torch.ones(num_queries, num_seen, dtype=torch.bool, device=slots.device)
+        mask = mask.tril(diagonal)
         if slides:
             mask = mask.triu(diagonal - window + 1)
     return Span(start, num_queries, slots, mask)
@@ -136,7 +137,7 @@ def paged_attention_reference(
     num_heads, head_dim = q.shape[1:]
     group = num_heads // k_cache.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    out = torch.empty(q.shape, dtype=torch.float32)
+    out = torch.empty_like(q, dtype=torch.float32)
     row = 0
     for table, start, length in zip(block_tables, starts, lengths, strict=True):
         for position in range(start, start + length):

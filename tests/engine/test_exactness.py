@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from native import needs_native
-from tiny_models import VOCAB, hf_model, load_saved
+from tiny_models import VOCAB, hf_model, load_saved, stored_as
 
 from roost_engine.blocks import BlockPool
 from roost_engine.config import CacheConfig, SchedulerConfig
@@ -113,8 +113,8 @@ class Subject:
     params=[
         "tiny llama, float32",
         "tiny gemma3, bfloat16",
-        "tiny qwen2, int8",
-        "tiny qwen3, int4",
+        "tiny qwen2 q5_0, stored",
+        "tiny qwen3 q4_0, stored",
         "smollm2, stored",
     ],
 )
@@ -125,9 +125,10 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         text = Path(__file__).read_text(encoding="utf-8")
         return Subject(model, weights, model.tokenizer.encode(text)[:PROMPT_TOKENS])
     changes = {"head_dim": 32, "intermediate_size": 128, "hidden_size": 64}
-    hf = hf_model(name.removeprefix("tiny "), **changes)
+    _, family, *encodings = name.split()
+    model = load_saved(hf_model(family, **changes), tmp_path_factory.mktemp("tiny"))
     prompt = [(i * i + 7 * i) % VOCAB for i in range(PROMPT_TOKENS)]
-    return Subject(load_saved(hf, tmp_path_factory.mktemp("tiny")), weights, prompt)
+    return Subject(stored_as(model, *encodings) if encodings else model, weights, prompt)
 
 
 GREEDY_AND_SAMPLED = pytest.mark.parametrize("sampling", [{}, _SAMPLED], ids=["greedy", "sampled"])

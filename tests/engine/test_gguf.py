@@ -42,6 +42,7 @@ _TYPES = {
     "attn_output": GGMLQuantizationType.BF16,
     "ffn_gate": GGMLQuantizationType.Q4_0,
     "ffn_up": GGMLQuantizationType.Q5_1,
+    "ffn_down": GGMLQuantizationType.Q5_0,
 }
 
 
@@ -214,9 +215,9 @@ def test_weights_keep_the_encoding_of_the_file_where_there_is_one(tiny: Path) ->
         "self_attn.k_proj": "q4_1",
         "self_attn.v_proj": "f16",
         "self_attn.o_proj": "bf16",
-        "mlp.gate_proj": "f32",  # Q4_0 in the file
+        "mlp.gate_proj": "q4_0",
         "mlp.up_proj": "f32",  # Q5_1 in the file
-        "mlp.down_proj": "f32",
+        "mlp.down_proj": "q5_0",
         "input_layernorm": "f32",
     }
 
@@ -230,17 +231,17 @@ def test_weights_lie_in_the_mapped_file_until_they_are_converted(tiny: Path) -> 
     weights = _load(tiny).weights
     in_file = {name for name, weight in weights.items() if not weight.rows.flags.writeable}
 
-    moved = {"q_proj", "k_proj", "gate_proj", "up_proj"}
+    moved = {"q_proj", "k_proj", "up_proj"}
     assert in_file == {name for name in weights if name.split(".")[-2] not in moved}
     assert file.read("output_norm.weight").rows.base is not None
 
 
 def test_a_type_of_no_encoding_becomes_float32(tiny: Path) -> None:
-    stored = quantize(_tensors()["blk.0.ffn_gate.weight"], GGMLQuantizationType.Q4_0)
+    stored = quantize(_tensors()["blk.0.ffn_up.weight"], GGMLQuantizationType.Q5_1)
 
-    actual = _load(tiny).weights["model.layers.0.mlp.gate_proj.weight"].to_numpy()
+    actual = _load(tiny).weights["model.layers.0.mlp.up_proj.weight"].to_numpy()
 
-    np.testing.assert_array_equal(dequantize(stored, GGMLQuantizationType.Q4_0), actual)
+    np.testing.assert_array_equal(dequantize(stored, GGMLQuantizationType.Q5_1), actual)
 
 
 def test_the_tokenizer_merges_splits_digits_and_knows_its_special_tokens(tiny: Path) -> None:

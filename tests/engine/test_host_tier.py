@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import VOCAB, hf_model, load_saved
 
-from roost_engine.batch import BlockCopy, Direction, parallel_runs
+from roost_engine.batch import BlockCopy, Direction
 from roost_engine.blocks import BlockPool
 from roost_engine.config import CacheConfig, SchedulerConfig
 from roost_engine.host_tier import HostTier
@@ -40,25 +40,25 @@ def layers_of(num_blocks: int, num_layers: int = 2) -> list[LayerCache]:
 
 
 @given(orders=st.lists(copies, max_size=12))
-def test_runs_do_what_one_copy_after_the_other_does(orders: list[BlockCopy]) -> None:
-    expected_device, expected_host = list("abcde"), list("wxyz")
-    for order in orders:
-        if order.direction is Direction.OUT:
-            expected_host[order.host_block] = expected_device[order.block]
-        else:
-            expected_device[order.block] = expected_host[order.host_block]
-
-    device, host = list("abcde"), list("wxyz")
-    for run in parallel_runs(orders):
-        random.Random(len(run)).shuffle(run)
-        read_device, read_host = list(device), list(host)
-        for order in run:
+def test_orders_that_depend_on_each_other_are_executed_in_their_order(
+    orders: list[BlockCopy],
+) -> None:
+    layers = layers_of(5)
+    expected = [tensor.view(5, -1).clone() for layer in layers for tensor in (layer.k, layer.v)]
+    tier = HostTier(layers, 4, BLOCK_SIZE)
+    fill = [BlockCopy(block, block, Direction.OUT) for block in range(4)]
+    for device in expected:
+        host = device[:4].clone()
+        for order in orders:
             if order.direction is Direction.OUT:
-                host[order.host_block] = read_device[order.block]
+                host[order.host_block] = device[order.block]
             else:
-                device[order.block] = read_host[order.host_block]
+                device[order.block] = host[order.host_block]
 
-    assert (device, host) == (expected_device, expected_host)
+    tier.execute(fill + orders)
+
+    actual = [tensor.view(5, -1) for layer in layers for tensor in (layer.k, layer.v)]
+    assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

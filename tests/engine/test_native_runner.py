@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from native import needs_native
-from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved
+from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved, stored_as
 
-from roost_engine.backend import BackendError, BackendOptions, build_backend
+from roost_engine.backend import BackendError, BackendOptions, build_backend, weight_bytes
 from roost_engine.batch import BlockCopy, Chunk, Direction
 from roost_engine.config import CacheConfig
 from roost_engine.loader import LoadedModel, load_model, shapes
-from roost_engine.loader.stored import stored_floats
-from roost_engine.native_runner import NativeRunner, WeightFormat
+from roost_engine.loader.stored import Encoding, stored_floats
+from roost_engine.native_runner import NativeRunner, WeightFormat, _Packer
 from roost_engine.runner import ModelRunner
+from roost_kernels.packed_matrix import Format
 
 pytestmark = [pytest.mark.model, needs_native]  # much computing, if mostly on tiny models
 
@@ -73,14 +74,107 @@ def test_chunks_and_batches_change_no_bit(name: str, weights: WeightFormat, tmp_
     assert np.array_equal(batch[2], whole)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_lossy_formats_stay_close_to_float32(weights: WeightFormat, tmp_path: Path) -> None:
-    model = load_saved(hf_model("llama", **_SIZES, intermediate_size=128), tmp_path)
+def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
+    model = load_saved(hf_model("llama", **_SIZES), tmp_path)
     exact = native(model).forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0].copy()
 
-    close = native(model, weights).forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0]
+    close = native(model, "bfloat16").forward([chunk(0, 75, [0, 1, 2, 3, 4])])[0]
 
     assert np.corrcoef(exact, close)[0, 1] > 0.995
+
+
+# Which tensors share a matrix (q, k, v; gate, up), and so what is mixed, changes from layer to
+# layer: a layer has seven.
+@pytest.mark.parametrize(
+    "encodings",
+    [
+        ("q8_0",),
+        ("q5_0",),
+        ("q4_1",),
+        ("q4_0",),
+        ("q4_0", "q4_1"),
+        ("q5_0", "q8_0"),
+        ("q8_0", "q4_1", "f16", "f32"),
+    ],
+    ids="+".join,
+)
+def test_stored_blocks_are_computed_as_the_float32_that_they_stand_for(
+    encodings: tuple[Encoding, ...], tmp_path: Path
+) -> None:
+    model = load_saved(hf_model("llama", **_SIZES, intermediate_size=128), tmp_path)
+    model = stored_as(model, *encodings)
+    step = [chunk(0, 75, [0, 1, 2, 3, 4])]
+    twin = ModelRunner(model, CACHE, torch.float32).forward(step)[0].numpy()
+
+    exact = native(model).forward(step)[0].copy()
+    close = native(model, "stored").forward(step)[0]
+
+    np.testing.assert_allclose(exact, twin, atol=1e-4)
+    assert np.corrcoef(exact, close)[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("encodings", "expected"),
+    [
+        (("q4_0", "q4_1", "q4_1"), Format.INT4),
+        (("q5_0", "q5_0", "q8_0"), Format.INT8),
+        (("q4_1", "q4_1", "q8_0"), Format.BF16),
+        (("q4_1", "f32", "q4_1"), Format.BF16),
+    ],
+    ids=str,
+)
+def test_a_fused_matrix_has_few_bits_only_where_all_its_parts_do(
+    encodings: tuple[Encoding, ...], expected: Format, tmp_path: Path
+) -> None:
+    model = load_saved(hf_model("llama", **_SIZES), tmp_path)
+    fused = {f"{shapes.layer_prefix(0)}self_attn.{part}_proj.weight" for part in "qkv"}
+    parts = {name: tensor for name, tensor in model.weights.items() if name in fused}
+    stored = stored_as(msgspec.structs.replace(model, weights=parts), *encodings).weights
+    mixed = msgspec.structs.replace(model, weights=model.weights | stored)
+
+    packed = _Packer(mixed.weights, "stored", 1).pack(model.config, 16)
+
+    assert [layer.qkv.format for layer in packed.layers] == [expected, Format.BF16, Format.BF16]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "weights", "bytes_of_32"),
+    [
+        ("q4_0", "stored", 20),
+        ("q4_1", "stored", 20),
+        ("q5_0", "stored", 34),
+        ("q8_0", "stored", 34),
+        ("f32", "stored", 64),
+        ("q4_0", "bfloat16", 64),
+        ("q4_0", "float32", 128),
+    ],
+)
+def test_the_weights_take_the_memory_that_is_announced(
+    encoding: Encoding, weights: WeightFormat, bytes_of_32: int, tmp_path: Path
+) -> None:
+    sizes = {"intermediate_size": 128, "vocab_size": 96}  # whole panels
+    model = stored_as(load_saved(hf_model("llama", **_SIZES, **sizes), tmp_path), encoding)
+    packed = _Packer(model.weights, weights, 1).pack(model.config, 16)
+    matrices = [packed.head]
+    for layer in packed.layers:
+        matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+    num_weights = sum(matrix.n * matrix.k for matrix in matrices)
+    num_vector_bytes = 4 * 64 * (2 * len(packed.layers) + 1)
+
+    assert sum(matrix.num_bytes for matrix in matrices) == num_weights // 32 * bytes_of_32
+    assert weight_bytes(model, weights) == num_weights // 32 * bytes_of_32 + num_vector_bytes
+
+
+def test_a_4_bit_scale_beyond_the_kernels_range_is_told(tmp_path: Path) -> None:
+    model = load_saved(hf_model("llama", **_SIZES, intermediate_size=128), tmp_path)
+    name = f"{shapes.layer_prefix(1)}self_attn.o_proj.weight"
+    huge = np.array([65504], np.float16).view(np.uint8)
+    model = stored_as(model, "q4_0")
+    model.weights[name].rows[3, :2] = huge
+
+    with pytest.raises(ValueError, match="may be damaged, or take its weights as bfloat16"):
+        native(model, "stored")
+    native(model, "bfloat16")
 
 
 def test_one_thread_computes_the_same_bits_as_three(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def _stored(encoding: Any) -> StoredTensor:
     return StoredTensor(encoding, SHAPE, packed.view(np.uint8).reshape(SHAPE[0], -1))
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16", "bf16", "q4_1", "q8_0"])
+@pytest.mark.parametrize("encoding", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tensor_converts_to_what_the_library_decodes(encoding: str, dtype: torch.dtype) -> None:
     stored = _stored(encoding)
@@ -39,7 +39,7 @@ def test_a_tensor_converts_to_what_the_library_decodes(encoding: str, dtype: tor
     np.testing.assert_array_equal(expected.numpy(), stored.to_numpy())
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16", "bf16", "q4_1", "q8_0"])
+@pytest.mark.parametrize("encoding", QUANT_TYPES)
 def test_a_converted_tensor_has_memory_of_its_own(encoding: str) -> None:
     stored = _stored(encoding)
     before = stored.rows.copy()
@@ -60,7 +60,7 @@ def test_one_axis_is_one_row_and_more_axes_have_a_row_each() -> None:
 
 
 def test_bytes_need_no_alignment() -> None:
-    for encoding in ("f32", "f16", "bf16", "q4_1", "q8_0"):
+    for encoding in QUANT_TYPES:
         stored = _stored(encoding)
         shifted = np.empty(stored.num_bytes + 1, np.uint8)[1:].reshape(stored.rows.shape)
         shifted[:] = stored.rows

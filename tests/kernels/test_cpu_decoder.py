@@ -1,4 +1,4 @@
-"""The native matrices: every stored encoding in every format, and rows that do not see each other.
+"""The native decoder's sizes and tables, and how its library is built and found.
 
 The decoder as a whole is compared with its torch twin in tests/engine/test_native_runner.py.
 """
@@ -12,126 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
 from native import needs_native
 
 from roost_kernels import native_build
-from roost_kernels.cpu_decoder import (
-    DecoderShape,
-    Encoding,
-    Format,
-    PackedMatrix,
-    decode_rows,
-    rotary_tables,
-    row_addresses,
-)
+from roost_kernels.cpu_decoder import DecoderShape, rotary_tables
 
 pytestmark = needs_native
-
-GGML = {
-    Encoding.F32: GGMLQuantizationType.F32,
-    Encoding.F16: GGMLQuantizationType.F16,
-    Encoding.BF16: GGMLQuantizationType.BF16,
-    Encoding.Q8_0: GGMLQuantizationType.Q8_0,
-    Encoding.Q4_1: GGMLQuantizationType.Q4_1,
-}
-N, K = 40, 96  # not a multiple of a tile, nor of two panels
-
-
-def stored(encoding: Encoding, n: int = N, k: int = K) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as bytes, and the weights they stand for."""
-    weights = np.random.default_rng(7).normal(0, 0.5, (n, k)).astype(np.float32)
-    rows = quantize(weights, GGML[encoding]).view(np.uint8).reshape(n, -1)
-    return rows, dequantize(rows, GGML[encoding]).reshape(n, k).astype(np.float32)
-
-
-def activations(num_rows: int, k: int = K) -> np.ndarray:
-    """Numbers that bfloat16 holds exactly, so that rounding them changes nothing."""
-    numbers = np.random.default_rng(3).normal(size=(num_rows, k)).astype(np.float32)
-    return (numbers.view(np.uint32) & 0xFFFF0000).view(np.float32)
-
-
-def pack(rows: np.ndarray, encoding: Encoding, kind: Format, k: int = K) -> PackedMatrix:
-    return PackedMatrix(row_addresses(rows), k, encoding, kind, num_threads=2)
-
-
-@pytest.mark.parametrize("encoding", list(Encoding))
-def test_stored_rows_are_decoded_as_ggml_does(encoding: Encoding) -> None:
-    rows, weights = stored(encoding)
-
-    assert np.array_equal(decode_rows(rows, K, encoding), weights)
-
-
-@pytest.mark.parametrize("encoding", list(Encoding))
-@pytest.mark.parametrize(
-    ("kind", "tolerance"),
-    [(Format.F32, 1e-6), (Format.BF16, 2e-3), (Format.INT8, 4e-3), (Format.INT4, 7e-2)],
-)
-def test_products_are_those_of_the_weights(
-    encoding: Encoding, kind: Format, tolerance: float
-) -> None:
-    rows, weights = stored(encoding)
-    x = activations(5)
-
-    product = pack(rows, encoding, kind).multiply(x)
-
-    assert product.shape == (5, N)
-    scale = np.abs(x) @ np.abs(weights).T  # what the terms add up to without cancelling
-    assert (np.abs(product - x @ weights.T) / scale).max() < tolerance
-
-
-@pytest.mark.parametrize(
-    ("encoding", "kind"),
-    [
-        (Encoding.Q8_0, Format.INT8),
-        (Encoding.Q4_1, Format.INT4),
-        (Encoding.BF16, Format.BF16),
-        (Encoding.F32, Format.F32),
-    ],
-)
-def test_a_format_of_the_files_own_grid_loses_nothing(encoding: Encoding, kind: Format) -> None:
-    rows, weights = stored(encoding)
-    x = activations(3)
-
-    product = pack(rows, encoding, kind).multiply(x)
-
-    # float32 sums in another order, nothing else
-    np.testing.assert_allclose(product, x @ weights.T, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("kind", list(Format))
-def test_a_row_is_the_same_in_every_batch(kind: Format) -> None:
-    rows, _ = stored(Encoding.F32)
-    matrix = pack(rows, Encoding.F32, kind)
-    x = activations(40)
-
-    alone = np.concatenate([matrix.multiply(x[i : i + 1]) for i in range(40)])
-
-    for size in range(2, 41):
-        assert np.array_equal(matrix.multiply(x[:size]), alone[:size])
-
-
-def test_a_null_address_is_a_row_of_zeros() -> None:
-    rows, weights = stored(Encoding.F32)
-    addresses = row_addresses(rows)
-    addresses[3] = 0
-
-    product = PackedMatrix(addresses, K, Encoding.F32, Format.F32).multiply(activations(2))
-
-    assert not product[:, 3].any()
-    np.testing.assert_allclose(product[:, 4], activations(2) @ weights[4], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("k", "encoding", "kind"),
-    [(24, Encoding.F32, Format.BF16), (48, Encoding.F32, Format.INT8)],
-)
-def test_rows_that_do_not_fit_a_format_are_refused(
-    k: int, encoding: Encoding, kind: Format
-) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        pack(np.zeros((4, 4 * k), np.uint8), encoding, kind, k)
 
 
 def test_rotary_tables_are_the_formula() -> None:
@@ -249,16 +135,16 @@ def test_a_system_that_refuses_threads_gets_a_smaller_team() -> None:
     program = """
 import resource
 import numpy as np
-from roost_kernels.cpu_decoder import Encoding, Format, PackedMatrix, row_addresses
+from roost_kernels.packed_matrix import Encoding, Format, PackedMatrix, stored_rows
 
 weights = np.random.default_rng(0).normal(size=(1000, 32)).astype(np.float32)
-rows = row_addresses(weights.view(np.uint8))
+rows = stored_rows((weights.view(np.uint8), Encoding.F32))
 x = np.ones((1, 32), np.float32)
-expected = PackedMatrix(rows, 32, Encoding.F32, Format.F32).multiply(x)
+expected = PackedMatrix(rows, 32, Format.F32).multiply(x)
 with open("/proc/self/statm") as file:
     size = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)
-few = PackedMatrix(rows, 32, Encoding.F32, Format.F32, num_threads=256).multiply(x)
+few = PackedMatrix(rows, 32, Format.F32, num_threads=256).multiply(x)
 assert np.array_equal(few, expected)
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

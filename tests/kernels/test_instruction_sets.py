@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native import needs_native
-from tiny_models import VOCAB, hf_model, load_saved
+from tiny_models import VOCAB, hf_model, load_saved, stored_as
 
 from roost_engine.batch import Chunk
 from roost_engine.config import CacheConfig
@@ -59,18 +59,23 @@ def test_other_processors_compute_the_same(
     machine: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_saved(hf_model(name, head_dim=32, intermediate_size=128), tmp_path)
-    formats: list[WeightFormat] = ["float32", "bfloat16", "int8", "int4"]
-    expected = {weights: _logits(model, weights, 60) for weights in formats}
+    formats: dict[str, tuple[LoadedModel, WeightFormat]] = {
+        "float32": (model, "float32"),
+        "bfloat16": (model, "bfloat16"),
+        "8 bits": (stored_as(model, "q8_0"), "stored"),
+        "4 bits": (stored_as(model, "q4_1"), "stored"),
+    }
+    expected = {name: _logits(*each, 60) for name, each in formats.items()}
 
     library = _compiled_for(machine)
     monkeypatch.setattr(native_build, "load", lambda: library)
 
     assert instruction_set() == MACHINES[machine][1]
-    for weights in formats:
-        whole = _logits(model, weights, 60)
-        assert np.abs(whole - expected[weights]).max() < 0.02 * np.abs(whole).max(), weights
-        assert np.array_equal(_logits(model, weights, 7), whole), weights
-        assert np.array_equal(_logits(model, weights, 1), whole), weights
+    for what, each in formats.items():
+        whole = _logits(*each, 60)
+        assert np.abs(whole - expected[what]).max() < 0.02 * np.abs(whole).max(), what
+        assert np.array_equal(_logits(*each, 7), whole), what
+        assert np.array_equal(_logits(*each, 1), whole), what
     np.testing.assert_allclose(_logits(model, "float32", 60), expected["float32"], atol=1e-4)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
+from gguf.quants import quantize
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,6 +29,8 @@ from transformers import (
 from roost_engine.chat import ChatTemplate
 from roost_engine.loader import LoadedModel
 from roost_engine.loader.hf_folder import read_checkpoint
+from roost_engine.loader.stored import QUANT_TYPES, Encoding, StoredTensor
+from roost_engine.token_bytes import byte_of_character
 from roost_engine.tokenizer import Tokenizer
 
 VOCAB = 97
@@ -114,10 +120,50 @@ def load_saved(model: PreTrainedModel, folder: Path) -> LoadedModel:
     return LoadedModel("tiny", config, weights, Tokenizer.__new__(Tokenizer), ChatTemplate(None))
 
 
+def stored_as(model: LoadedModel, *encodings: Encoding) -> LoadedModel:
+    """The model with its matrices in these encodings, in turn, as a GGUF file may hold them."""
+    weights, next_encoding = dict(model.weights), itertools.cycle(encodings)
+    for name, tensor in model.weights.items():
+        if len(tensor.shape) == 2:
+            encoding = next(next_encoding)
+            rows = quantize(tensor.to_numpy(), QUANT_TYPES[encoding]).view(np.uint8)
+            weights[name] = StoredTensor(encoding, tensor.shape, rows)
+    return msgspec.structs.replace(model, weights=weights)
+
+
 def save_servable(model: PreTrainedModel, folder: Path) -> Path:
     """A folder that `load_model` takes, with a tokenizer of two letters."""
     model.save_pretrained(folder)
     backend = HfTokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+#: Bytes of these characters are tokens of their own, so that characters span tokens.
+_WIDE = "é€😀"
+
+
+def save_talking(folder: Path) -> Path:
+    """A llama with a tokenizer of 160 tokens that can write JSON, and characters in pieces."""
+    hf_model("llama", vocab_size=160, max_position_embeddings=2048).save_pretrained(folder)
+    ascii_bytes = [ord("\n"), *range(32, 127)]
+    wide_bytes = sorted(set(_WIDE.encode()))
+    spelling = {byte: character for character, byte in byte_of_character().items()}
+    words = ["<end>", "<special>"]
+    words += [spelling[byte] for byte in [*ascii_bytes, *wide_bytes]]
+    merges: list[tuple[str, str]] = []
+    for left, right in itertools.product("aeob{x", "aob"):
+        if len(words) < 160:
+            merges.append((left, right))
+            words.append(left + right)
+    backend = HfTokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges)
+    )
+    backend.add_special_tokens(words[:2])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return folder

@@ -12,7 +12,7 @@ Why not gguf.GGUFReader: it makes several numpy arrays for each of the 98,000 to
 and takes 2.7 s for SmolLM2, this reader 0.07 s.
 
 Tensors keep their encoding where stored.py has it. Any other that `gguf.quants` can decode
-(Q4_K, Q5_0, IQ4_XS, ...) becomes float32 in memory; it follows ggml bit for bit.
+(Q4_K, Q6_K, IQ4_XS, ...) becomes float32 in memory; it follows ggml bit for bit.
 
 Invariants: every length, count and offset of the file is checked against the file's size before
 it is used, so a damaged file ends in ModelFileError and memory is bounded by the file's size.

@@ -7,8 +7,10 @@ the mapped file where that is possible, so the bytes are read when they are firs
     encoding   bytes of one row of n weights
     f32        4 n
     f16, bf16  2 n
-    q8_0       34 for each 32: scale f16, 32 signed bytes             w = scale · q
-    q4_1       20 for each 32: scale f16, min f16, 32 halves of bytes w = scale · q + min
+    q8_0       34 for each 32: scale f16, 32 signed bytes              w = scale · q
+    q5_0       22 for each 32: scale f16, 32 fifth bits, 32 half bytes w = scale · (q - 16)
+    q4_1       20 for each 32: scale f16, min f16, 32 half bytes       w = scale · q + min
+    q4_0       18 for each 32: scale f16, 32 half bytes                w = scale · (q - 8)
 
 All little-endian; the layout of the blocks is ggml's (ggml-common.h).
 
@@ -29,13 +31,15 @@ from gguf.quants import dequantize
 if TYPE_CHECKING:
     import torch
 
-Encoding: TypeAlias = Literal["f32", "f16", "bf16", "q4_1", "q8_0"]
+Encoding: TypeAlias = Literal["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q8_0"]
 
 QUANT_TYPES: Final[dict[Encoding, GGMLQuantizationType]] = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
     "bf16": GGMLQuantizationType.BF16,
+    "q4_0": GGMLQuantizationType.Q4_0,
     "q4_1": GGMLQuantizationType.Q4_1,
+    "q5_0": GGMLQuantizationType.Q5_0,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 _ROWS_PER_DEQUANT: Final = 8  # see dequantised

@@ -8,7 +8,7 @@
 bias, qk_norm, post (norms of the outputs) and the scale are there where ModelConfig says so.
 Tokens of different requests lie side by side, (num_tokens, hidden); only attention knows where
 one request ends (its spans). The native decoder computes the same, faster; this one is its slow
-twin, runs where no compiler is, and is what is split over processes (parallel.py).
+twin, runs where no compiler is and on a GPU, and is what is split over processes (parallel.py).
 
 Invariant: in each layer all new keys and values are stored before any attention runs, so a
 request may read blocks that another one fills in the same step.
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from roost_engine.config import ModelConfig
 from roost_engine.loader import shapes
 from roost_engine.loader.stored import StoredTensor
-from roost_engine.models.layer import WHOLE, Layer, Share, read_layer
+from roost_engine.models.layer import CPU, WHOLE, Layer, Share, read_layer
 from roost_kernels.kv_store import store_kv
 from roost_kernels.paged_attention import Span, paged_attention
 from roost_kernels.rmsnorm import rms_norm
@@ -83,6 +83,8 @@ class Decoder:
     `weights`: Hugging Face names, complete (the loader has checked it). They are converted one
     after the other, so what is in memory beside the result is one matrix.
 
+    All tensors it is given later are on `device` too; it makes none of its own elsewhere.
+
     A part is the layers `layers` (a pipeline stage) and of each the share `share` of its heads
     and of the head's rows; `sum_up` then adds a tensor over the processes of the stage.
     """
@@ -96,6 +98,7 @@ class Decoder:
         layers: range | None = None,
         share: Share = WHOLE,
         sum_up: Callable[[torch.Tensor], torch.Tensor] = _leave,
+        device: torch.device = CPU,
     ) -> None:
         self._config = config
         self._sum_up = sum_up
@@ -103,23 +106,32 @@ class Decoder:
         self._num_kv_heads = config.num_kv_heads // share.size
         self._layer_idxs = range(config.num_layers) if layers is None else layers
         self._layers = [
-            read_layer(config, weights, layer_idx, dtype, share) for layer_idx in self._layer_idxs
+            read_layer(config, weights, layer_idx, dtype, share, device=device)
+            for layer_idx in self._layer_idxs
         ]
-        self._read_ends(weights, dtype, share)
+        self._read_ends(weights, dtype, share, device)
 
     def _read_ends(
-        self, weights: Mapping[str, StoredTensor], dtype: torch.dtype, share: Share
+        self,
+        weights: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+        share: Share,
+        device: torch.device,
     ) -> None:
         """Embedding for the first stage; final norm and head for the last."""
+
+        def read(name: str) -> torch.Tensor:
+            return weights[name].to_torch(dtype).to(device)
+
         is_first = self._layer_idxs.start == 0
         is_last = self._layer_idxs.stop == self._config.num_layers
         tied = self._config.tie_embeddings
-        empty = torch.empty(0)
+        empty = torch.empty(0, device=device)
         needs_embedding = is_first or (is_last and tied)
-        embedding = weights[shapes.EMBEDDING].to_torch(dtype) if needs_embedding else empty
+        embedding = read(shapes.EMBEDDING) if needs_embedding else empty
         self._embedding = embedding if is_first else empty
-        self._norm = weights[shapes.FINAL_NORM].to_torch(dtype) if is_last else empty
-        head = embedding if tied or not is_last else weights[shapes.HEAD].to_torch(dtype)
+        self._norm = read(shapes.FINAL_NORM) if is_last else empty
+        head = embedding if tied or not is_last else read(shapes.HEAD)
         rows = head[share.of(self._config.vocab_size)] if is_last else empty
         # A share of a head that nothing else needs is copied, to let go of the rest.
         self._head = rows if is_first or share.size == 1 else rows.clone()

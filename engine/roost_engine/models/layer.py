@@ -34,6 +34,7 @@ class Share:
 
 
 WHOLE = Share()
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,14 @@ def read_layer(
     layer_idx: int,
     dtype: torch.dtype,
     share: Share = WHOLE,
+    *,
+    device: torch.device = CPU,
 ) -> Layer:
-    """Convert one layer to `dtype`. `weights` has been checked by the loader."""
+    """Convert one layer to `dtype`, on `device`. `weights` has been checked by the loader."""
     prefix = shapes.layer_prefix(layer_idx)
 
     def read(name: str) -> torch.Tensor:
-        return weights[prefix + name].to_torch(dtype)
+        return weights[prefix + name].to_torch(dtype).to(device)
 
     def stack(*names: str) -> torch.Tensor:
         """This share of the rows of several tensors, one under the other."""

@@ -1,5 +1,5 @@
-// C interface of the CPU kernels, for roost_kernels/cpu_decoder.py. No exception leaves it: what
-// can fail (memory) returns null.
+// C interface of the CPU kernels, for native_library.py. No exception leaves it: what can fail for
+// want of memory returns null.
 #include "decoder.h"
 #include "sampling.h"
 
@@ -36,21 +36,23 @@ int64_t roost_packed_bytes(int n, int k, Format format) {
   return static_cast<int64_t>((n + kLanes - 1) / kLanes * panel_bytes(format, k));
 }
 
-// Pack `n` stored rows of `k` weights as panels; null rows are zeros.
-void roost_pack(const uint8_t* const* rows, int n, int k, Encoding encoding, Format format,
-                uint8_t* out, int num_threads) {
+// Pack `n` stored rows of `k` weights, each in its own encoding, as panels; null rows are zeros.
+// 0 if a number is beyond the format's range, else 1.
+int roost_pack(const uint8_t* const* rows, const Encoding* encodings, int n, int k, Format format,
+               uint8_t* out, int num_threads) {
   Team team(num_threads);
+  std::atomic<bool> fits = true;
   const int num_panels = (n + kLanes - 1) / kLanes;
   team.run(1, [&](int thread) {
     std::vector<float> scratch(k);
     team.share(0, thread, num_panels, [&](int panel) {
-      const uint8_t* of_panel[kLanes] = {};
-      for (int i = 0; i < kLanes && panel * kLanes + i < n; i++)
-        of_panel[i] = rows[panel * kLanes + i];
-      pack_panel(format, encoding, of_panel, k, out + panel * panel_bytes(format, k),
-                 scratch.data());
+      const int first = panel * kLanes;
+      if (!pack_panel(format, encodings + first, rows + first, k, std::min(kLanes, n - first),
+                      out + panel * panel_bytes(format, k), scratch.data()))
+        fits = false;
     });
   });
+  return fits;
 }
 
 void roost_decode_rows(const uint8_t* const* rows, int n, int k, Encoding encoding, float* out) {

@@ -8,20 +8,26 @@
 //   INT8  for each 32 of k:   16 scales (half) | 16 pair steps of 16 int8 pairs        544 B
 //   INT4  for each 32 of k:   16 scales, 16 minima (half) | 4 x 64 B of nibbles        320 B
 //
-//   INT8: weight = scale * q           q in -127 .. 127   (ggml's Q8_0)
-//   INT4: weight = scale * q + minimum q in 0 .. 15       (ggml's Q4_1)
+//   INT8: weight = scale * q             ggml's Q8_0; Q5_0 (its 5 bits - 16)
+//   INT4: weight = scale * q + minimum   ggml's Q4_1; Q4_0 (minimum = -8 * scale)
 //
-// INT8 from Q8_0 and INT4 from Q4_1 keep every number of the file. From anything else they are
-// quantised here, by ggml's own rules. N is padded to whole panels with zeros.
+// These keep every number of the file. Nothing is quantised here: from other encodings there is F32
+// and BF16 only. N is padded to whole panels with zeros.
 #pragma once
-
-#include <algorithm>
 
 #include "simd.h"
 
 namespace roost {
 
-enum class Encoding : int32_t { F32 = 0, F16 = 1, BF16 = 2, Q8_0 = 3, Q4_1 = 4 };
+enum class Encoding : int32_t {
+  F32 = 0,
+  F16 = 1,
+  BF16 = 2,
+  Q8_0 = 3,
+  Q4_1 = 4,
+  Q4_0 = 5,
+  Q5_0 = 6
+};
 enum class Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 constexpr int kGroup = 32;  // weights that share a scale
@@ -48,6 +54,54 @@ inline size_t panel_bytes(Format format, int k) {
   return 0;
 }
 
+// 32 weights: scale * q; laid out as a block of Q8_0.
+struct Int8Group {
+  half scale;
+  int8_t q[kGroup];
+};
+
+// Read block `index` of a row of Q8_0 or Q5_0.
+inline Int8Group int8_group(Encoding encoding, const uint8_t* row, int index) {
+  Int8Group out;
+  if (encoding == Encoding::Q8_0) {
+    memcpy(&out, row + 34 * index, 34);
+    return out;
+  }
+  const uint8_t* block = row + 22 * index;
+  uint32_t fifth;
+  memcpy(&out.scale, block, 2);
+  memcpy(&fifth, block + 2, 4);
+  for (int i = 0; i < 16; i++) {
+    const int low = block[6 + i] & 15, high = block[6 + i] >> 4;
+    out.q[i] = static_cast<int8_t>((low | (fifth >> i & 1) << 4) - 16);
+    out.q[i + 16] = static_cast<int8_t>((high | (fifth >> (i + 16) & 1) << 4) - 16);
+  }
+  return out;
+}
+
+// 32 weights: scale * q + minimum.
+struct Int4Group {
+  float scale, minimum;  // the scale is a half, the minimum unless Q4_0's is too large
+  uint8_t q[kGroup];
+};
+
+// Read block `index` of a row of Q4_1 or Q4_0.
+inline Int4Group int4_group(Encoding encoding, const uint8_t* row, int index) {
+  const bool has_minimum = encoding == Encoding::Q4_1;
+  const uint8_t* block = row + (has_minimum ? 20 : 18) * index;
+  const uint8_t* nibbles = block + (has_minimum ? 4 : 2);
+  half numbers[2];
+  memcpy(numbers, block, sizeof numbers);
+  Int4Group out;
+  out.scale = from_half(numbers[0]);
+  out.minimum = has_minimum ? from_half(numbers[1]) : -8 * out.scale;
+  for (int i = 0; i < 16; i++) {
+    out.q[i] = nibbles[i] & 15;
+    out.q[i + 16] = nibbles[i] >> 4;
+  }
+  return out;
+}
+
 // Floats of one stored row.
 inline void decode_row(Encoding encoding, const uint8_t* row, int k, float* out) {
   switch (encoding) {
@@ -63,86 +117,48 @@ inline void decode_row(Encoding encoding, const uint8_t* row, int k, float* out)
       }
       return;
     case Encoding::Q8_0:
-      for (int g = 0; g < k / kGroup; g++, row += 34, out += kGroup) {
-        half scale;
-        memcpy(&scale, row, 2);
-        const float d = from_half(scale);
-        for (int i = 0; i < kGroup; i++) out[i] = d * static_cast<int8_t>(row[2 + i]);
+    case Encoding::Q5_0:
+      for (int g = 0; g < k / kGroup; g++, out += kGroup) {
+        const Int8Group group = int8_group(encoding, row, g);
+        const float scale = from_half(group.scale);
+        for (int i = 0; i < kGroup; i++) out[i] = scale * group.q[i];
       }
       return;
     case Encoding::Q4_1:
-      for (int g = 0; g < k / kGroup; g++, row += 20, out += kGroup) {
-        half numbers[2];
-        memcpy(numbers, row, 4);
-        const float d = from_half(numbers[0]), m = from_half(numbers[1]);
-        for (int i = 0; i < 16; i++) {
-          out[i] = d * (row[4 + i] & 15) + m;
-          out[i + 16] = d * (row[4 + i] >> 4) + m;
-        }
+    case Encoding::Q4_0:
+      for (int g = 0; g < k / kGroup; g++, out += kGroup) {
+        const Int4Group group = int4_group(encoding, row, g);
+        for (int i = 0; i < kGroup; i++) out[i] = group.scale * group.q[i] + group.minimum;
       }
       return;
   }
 }
 
-// Scale and int8 of 32 weights.
-struct Int8Group {
-  half scale;
-  int8_t q[kGroup];
-};
-
-inline Int8Group quantise_int8(const float* w) {
-  Int8Group out;
-  float most = 0;
-  for (int i = 0; i < kGroup; i++) most = std::max(most, std::fabs(w[i]));
-  const float scale = most / 127, inverse = scale > 0 ? 1 / scale : 0;
-  out.scale = to_half(scale);
-  for (int i = 0; i < kGroup; i++)
-    out.q[i] = static_cast<int8_t>(std::max(-127.f, std::min(127.f, std::round(w[i] * inverse))));
-  return out;
-}
-
-// Scale, minimum and nibbles of 32 weights.
-struct Int4Group {
-  half scale, minimum;
-  uint8_t q[kGroup];
-};
-
-inline Int4Group quantise_int4(const float* w) {
-  Int4Group out;
-  const auto [low, high] = std::minmax_element(w, w + kGroup);
-  const float scale = (*high - *low) / 15, inverse = scale > 0 ? 1 / scale : 0;
-  out.scale = to_half(scale);
-  out.minimum = to_half(*low);
-  for (int i = 0; i < kGroup; i++)
-    out.q[i] = static_cast<uint8_t>(std::max(0.f, std::min(15.f, (w[i] - *low) * inverse + 0.5f)));
-  return out;
-}
-
 inline void put_half(uint8_t* base, int index, half value) { memcpy(base + 2 * index, &value, 2); }
 
-// Pack up to 16 stored rows as one panel; a null row is zeros. `scratch` holds k floats.
-inline void pack_panel(Format format, Encoding encoding, const uint8_t* const* rows, int k,
-                       uint8_t* out, float* scratch) {
+// Pack up to 16 stored rows as one panel; a null row is zeros. INT8 and INT4 take the encodings
+// named above only. `scratch` holds k floats. False if a minimum is beyond half's range.
+inline bool pack_panel(Format format, const Encoding* encodings, const uint8_t* const* rows, int k,
+                       int num_rows, uint8_t* out, float* scratch) {
+  bool fits = true;
   memset(out, 0, panel_bytes(format, k));
-  for (int column = 0; column < kLanes; column++) {
+  for (int column = 0; column < num_rows; column++) {
     const uint8_t* row = rows[column];
     if (row == nullptr) continue;
-    const bool keeps_grid = (format == Format::INT8 && encoding == Encoding::Q8_0) ||
-                            (format == Format::INT4 && encoding == Encoding::Q4_1);
-    if (!keeps_grid) decode_row(encoding, row, k, scratch);
+    const Encoding encoding = encodings[column];
     switch (format) {
       case Format::F32:
+        decode_row(encoding, row, k, scratch);
         for (int i = 0; i < k; i++) memcpy(out + (i * kLanes + column) * 4, scratch + i, 4);
         break;
       case Format::BF16:
+        decode_row(encoding, row, k, scratch);
         for (int i = 0; i < k; i++)
           put_half(out, (i / 2 * kLanes + column) * 2 + i % 2, to_bf16(scratch[i]));
         break;
       case Format::INT8:
         for (int g = 0; g < k / kGroup; g++) {
-          Int8Group group;
-          if (keeps_grid) memcpy(&group, row + 34 * g, 34);
-          else group = quantise_int8(scratch + g * kGroup);
+          const Int8Group group = int8_group(encoding, row, g);
           uint8_t* base = out + g * kInt8GroupBytes;
           put_half(base, column, group.scale);
           for (int i = 0; i < kGroup; i++)
@@ -151,20 +167,12 @@ inline void pack_panel(Format format, Encoding encoding, const uint8_t* const* r
         break;
       case Format::INT4:
         for (int g = 0; g < k / kGroup; g++) {
-          Int4Group group;
-          if (keeps_grid) {
-            const uint8_t* block = row + 20 * g;
-            memcpy(&group, block, 4);
-            for (int i = 0; i < 16; i++) {
-              group.q[i] = block[4 + i] & 15;
-              group.q[i + 16] = block[4 + i] >> 4;
-            }
-          } else {
-            group = quantise_int4(scratch + g * kGroup);
-          }
+          const Int4Group group = int4_group(encoding, row, g);
+          const half minimum = to_half(group.minimum);
+          fits = fits && std::isinf(from_half(minimum)) == std::isinf(group.minimum);
           uint8_t* base = out + g * kInt4GroupBytes;
-          put_half(base, column, group.scale);
-          put_half(base + 32, column, group.minimum);
+          put_half(base, column, to_half(group.scale));
+          put_half(base + 32, column, minimum);
           for (int i = 0; i < kGroup; i++) {
             // quarter z of the group, nibble group j, pair member i % 2
             const int z = i / 8, j = i / 2 % 4;
@@ -178,6 +186,7 @@ inline void pack_panel(Format format, Encoding encoding, const uint8_t* const* r
         break;
     }
   }
+  return fits;
 }
 
 }  // namespace roost
