@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 _PORT = click.IntRange(0, 65535)
-_WEIGHTS = click.Choice(["stored", "float32", "bfloat16", "int8", "int4"])
+_WEIGHTS = click.Choice(["stored", "float32", "bfloat16"])
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 _NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -59,6 +59,22 @@ def main(verbose: bool) -> None:
     default=10.0,
     help="Seconds that streams may finish after SIGTERM.",
 )
+@click.option(
+    "--api-keys-file",
+    type=_FILE,
+    help="Clients need one of these keys; made by `roost keys new`, read again on SIGHUP.",
+)
+@click.option(
+    "--admin-keys-file", type=_FILE, help="Likewise for /metrics and /replicas of the admin port."
+)
+@click.option(
+    "--replica-key-file",
+    type=_FILE,
+    help="Holds the key that replicas ask for; replaces what the client sent.",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Let other machines in without keys: something before it asks."
+)
 @click.option("--lifeline-fd", type=int, hidden=True)
 def route(replicas: tuple[str, ...], **options: Any) -> None:
     """Route requests to OpenAI-compatible replicas.
@@ -94,6 +110,12 @@ def route(replicas: tuple[str, ...], **options: Any) -> None:
     type=click.Choice(["auto", "native", "torch"]),
     default="auto",
     help="What computes. native: compiled here at the first start; auto: native if possible.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    help="Where torch computes: cpu, cuda, cuda:N; auto: a GPU where torch finds one. The native "
+    "kernels and split models compute on the CPU.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of the engine.  [default: all cores]")
 @click.option(
@@ -312,6 +334,7 @@ def quality(**options: Any) -> None:
     "--threads", type=click.IntRange(1), help="Threads a replica.  [default: cores / replicas]"
 )
 @click.option("--kv-tokens", type=click.IntRange(1), help="KV cache a replica, in tokens.")
+@click.option("--insecure", is_flag=True, help="Allow a --host that other machines reach.")
 @click.option("--demo/--no-demo", default=True, help="Show a request coming home.")
 @click.option("--stay/--no-stay", default=True, help="Keep serving until Ctrl-C.")
 @click.pass_context
@@ -326,3 +349,26 @@ def up(context: click.Context, /, demo: bool, stay: bool, **options: Any) -> Non
         asyncio.run(run_up(config, demo=demo, stay=stay))
     except ClusterError as error:
         raise click.ClickException(str(error)) from None
+
+
+@main.group()
+def keys() -> None:
+    """API keys of a router: only their hashes are kept."""
+
+
+@keys.command("new")
+@click.option("--name", default="", help="Whose key it is; logs call it so.")
+def new_key(name: str) -> None:
+    """Make a key: shown once, on the first line; the second line goes into the file of keys.
+
+    Example: roost keys new --name alice | tee /dev/stderr | tail -n 1 >>keys.txt
+    """
+    import secrets
+
+    from roost_router.keys import KEY_BYTES, make_key
+
+    if name and (name.split() != [name] or not name.isprintable()):
+        raise click.ClickException("a name has no spaces and no control characters")
+    key, stored = make_key(secrets.token_bytes(KEY_BYTES))
+    click.echo(key)
+    click.echo(f"{stored} {name}".rstrip())

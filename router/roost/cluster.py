@@ -45,6 +45,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: int
     threads: int | None = None  # a replica; None: the cores shared out evenly
     kv_tokens: int | None = None  # a replica; None: the engine's default
+    insecure: bool = False  # `host` may be one that other machines reach
     verbose: bool = False  # show what the children log
     start_timeout_s: float = 600.0  # reading a large model from a slow disk takes minutes
 
@@ -170,6 +171,7 @@ class Cluster:
         config = self._config
         options = ["route", "--host", config.host, "--port", str(config.port)]
         options += ["--admin-port", str(config.admin_port)]
+        options += ["--insecure"] if config.insecure else []
         for url in urls:
             options += ["--replica", url]
         return await self._spawn("router", options)

@@ -10,7 +10,7 @@ from roost.cluster import Cluster, ClusterConfig, ClusterError, Progress
 from roost_loadtest.client import StreamError
 from roost_loadtest.demo import demonstrate
 from roost_router.app import bind
-from roost_router.config import ConfigError
+from roost_router.config import ConfigError, check_open
 
 _QUESTION = "What is the capital of France?"
 _SNIPPET = """
@@ -83,9 +83,11 @@ async def _serve(cluster: Cluster, progress: Progress, *, demo: bool, stay: bool
 
 
 def _check_ports(config: ClusterConfig) -> None:
-    """Refuse a taken port before seconds are spent on loading a model."""
-    for host, port in ((config.host, config.port), ("127.0.0.1", config.admin_port)):
-        try:
+    """Refuse an open or a taken port before seconds are spent on loading a model."""
+    try:
+        if not config.insecure:
+            check_open("--host", config.host)
+        for host, port in ((config.host, config.port), ("127.0.0.1", config.admin_port)):
             bind(host, port).close()
-        except ConfigError as error:
-            raise ClusterError(str(error)) from None
+    except ConfigError as error:
+        raise ClusterError(str(error)) from None

@@ -12,6 +12,7 @@ from random import Random
 
 from aiohttp import web
 
+from roost_router.access import Access
 from roost_router.admin import make_admin_app
 from roost_router.config import ConfigError, RouterConfig
 from roost_router.fleet.fleet import Fleet
@@ -23,6 +24,9 @@ from roost_router.policy.cost import CostPolicy
 from roost_router.poll import Poller
 
 _log = logging.getLogger(__name__)
+#: aiohttp would log a traceback and the raw line of each malformed request.
+_silent = logging.getLogger(f"{__name__}.admin_protocol")
+_silent.disabled = True
 
 
 def build_placer(config: RouterConfig, rng: Random) -> Placer:
@@ -37,10 +41,16 @@ class Router:
     def __init__(self, config: RouterConfig, placer: Placer) -> None:
         self._config = config
         self.placer = placer
+        self.access = Access(config)
         metrics = RouterMetrics()
         metrics.watch(placer)
-        self.service = DataService(config, placer, metrics, time.monotonic)
-        self._admin = web.AppRunner(make_admin_app(self.service), access_log=None)
+        self.service = DataService(config, placer, metrics, time.monotonic, Random())
+        self._admin = web.AppRunner(
+            make_admin_app(self.service, self.access),
+            access_log=None,
+            logger=_silent,
+            keepalive_timeout=75.0,
+        )
         self.poller: asyncio.Task[None] | None = None
         self.address = self.admin_address = ("", 0)
 
@@ -56,7 +66,12 @@ class Router:
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
             undo.pop_all()
-        poller = Poller(self.placer.fleet, config.poll_interval_s, config.poll_timeout_s)
+        poller = Poller(
+            self.placer.fleet,
+            config.poll_interval_s,
+            config.poll_timeout_s,
+            self.access.replica_authorization,
+        )
         self.poller = asyncio.create_task(poller.run())
 
     async def stop(self) -> None:
@@ -76,6 +91,7 @@ async def run_router(config: RouterConfig) -> None:
     host, port = router.address
     admin_host, admin_port = router.admin_address
     _log.info("routing on http://%s:%d, admin on http://%s:%d", host, port, admin_host, admin_port)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.access.reload)
     try:
         await _stop_requested(config.lifeline_fd, router.poller)
         _log.info("draining %d requests", router.service.num_exchanges)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from ipaddress import ip_address
+from pathlib import Path
 
 import msgspec
+
+from roost_router.replica_url import ReplicaUrlError, check_replica_url
 
 
 class ConfigError(ValueError):
@@ -23,8 +26,13 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     poll_timeout_s: float = 5.0
     connect_timeout_s: float = 2.0
     max_attempts: int = 3  # replicas tried for a request before the first byte
+    max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
     drain_s: float = 10.0  # how long streams may finish after SIGTERM
+    api_keys_file: Path | None = None  # hashes of the keys that open the data port; None: open
+    admin_keys_file: Path | None = None  # likewise /metrics and /replicas of the admin port
+    replica_key_file: Path | None = None  # holds the key that replicas ask for
+    insecure: bool = False  # other machines may come in without a key
     lifeline_fd: int | None = None  # stop when this descriptor reaches its end (parent died)
 
     def __post_init__(self) -> None:
@@ -34,20 +42,35 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if len(set(self.replicas)) != len(self.replicas):
             raise ConfigError("a replica is given twice")
         for url in self.replicas:
-            _check_url(url)
+            try:
+                check_replica_url(url)
+            except ReplicaUrlError as error:
+                raise ConfigError(str(error)) from None
         if self.port == self.admin_port and self.port and self.host == self.admin_host:
             raise ConfigError(f"data and admin port are both {self.port}: choose two")
+        if not self.insecure:
+            if self.api_keys_file is None:
+                check_open("--host", self.host, "--api-keys-file (see `roost keys new`)")
+            if self.admin_keys_file is None:
+                check_open("--admin-host", self.admin_host, "--admin-keys-file")
 
 
-def _check_url(url: str) -> None:
+def check_open(option: str, host: str, cure: str = "") -> None:
+    """ConfigError for an address of `option` that other machines reach: nobody is asked for a key.
+
+    `cure`: the option that makes it ask.
+    """
+    if not is_loopback(host):
+        keys = f"{cure}, or " if cure else ""
+        raise ConfigError(
+            f"{option} {host} lets other machines in without a key: pass {keys}--insecure if "
+            "something before it asks for one"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`. Names other than localhost count as not."""
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        return ip_address(host).is_loopback
     except ValueError:
-        usable = False
-    if usable and "@" in parts.netloc:
-        raise ConfigError(f"'{parts.hostname}' is given with a user name: replicas take none")
-    if not usable:
-        raise ConfigError(f"'{url}' is not a replica's URL; it looks like http://127.0.0.1:8101")
-    if parts.path.rstrip("/").endswith("/v1"):
-        raise ConfigError(f"give '{url}' without /v1: requests bring their own path")
+        return host.lower() == "localhost"

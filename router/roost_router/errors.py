@@ -3,6 +3,7 @@
     RouterError
     ├── ClientError                the request is at fault; sending it again will not help
     │   ├── BadRequestError        400  invalid_request, invalid_json
+    │   ├── KeyRequiredError       401  invalid_api_key
     │   ├── PathNotFoundError      404  not_found
     │   ├── ModelNotFoundError     404  model_not_found
     │   ├── MethodNotAllowedError  405  method_not_allowed
@@ -10,6 +11,8 @@
     │   └── EncodingError          415  unsupported_encoding
     └── FleetError                 a replica, or all of them, is at fault; later may work
         ├── NoReplicaError         503  no_replica
+        ├── RetryBudgetError       503  retry_budget_spent
+        ├── DeadlineError          504  deadline_exceeded
         └── UpstreamError          502  upstream_error
 
 The body is always OpenAI's: {"error": {"message", "type", "param", "code"}}.
@@ -28,6 +31,8 @@ class RouterError(Exception):
     type = "server_error"
     #: Seconds for a Retry-After header, where trying again makes sense.
     retry_after_s: int | None = None
+    #: What the SDKs are told (`x-should-retry`); None leaves it to the status.
+    should_retry: bool | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -57,6 +62,17 @@ class BadRequestError(ClientError):
     """The body, or the request itself, is malformed."""
 
     code = "invalid_request"
+
+
+class KeyRequiredError(ClientError):
+    """No key came, or one that opens nothing; the message never repeats it."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self, *, has_key: bool) -> None:
+        what = "the API key is not valid here" if has_key else "an API key is required"
+        super().__init__(f"{what}: send it as 'Authorization: Bearer KEY'")
 
 
 class PathNotFoundError(ClientError):
@@ -133,3 +149,25 @@ class UpstreamError(FleetError):
     """The replica broke off, or answered something that is not HTTP."""
 
     code = "upstream_error"
+
+
+class RetryBudgetError(FleetError):
+    """A replica failed, and so many do that trying again would make it worse."""
+
+    status = 503
+    code = "retry_budget_spent"
+    should_retry = False
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; too many requests fail for this one to be tried again")
+
+
+class DeadlineError(FleetError):
+    """The time that the client gave its request is over."""
+
+    status = 504
+    code = "deadline_exceeded"
+    should_retry = False
+
+    def __init__(self) -> None:
+        super().__init__("the request was not answered within the time that its client gave")

@@ -59,6 +59,7 @@ class RouterMetrics(Collector):
         self._requests: Counter[tuple[str, ...]] = Counter()  # model, replica, outcome
         self._refused: Counter[tuple[str, ...]] = Counter()  # status
         self._retries: Counter[tuple[str, ...]] = Counter()  # reason
+        self._resumes: Counter[tuple[str, ...]] = Counter()  # reason
         self._prompt_tokens: Counter[tuple[str, ...]] = Counter()  # replica, as the next four
         self._matched_tokens: Counter[tuple[str, ...]] = Counter()
         self._cached_tokens: Counter[tuple[str, ...]] = Counter()
@@ -91,6 +92,10 @@ class RouterMetrics(Collector):
         """Count an attempt on another replica."""
         self._retries[reason,] += 1
 
+    def resumed(self, reason: str) -> None:
+        """Count a stream that was continued on another replica."""
+        self._resumes[reason,] += 1
+
     def collect(self) -> Iterator[Metric]:
         """Yield the current values; called by prometheus_client."""
         by_replica = ("replica",)
@@ -104,6 +109,7 @@ class RouterMetrics(Collector):
             "refused", "Refused before a replica was chosen.", ("status",), self._refused
         )
         yield _counter("retries", "Attempts on another replica.", ("reason",), self._retries)
+        yield _counter("resumes", "Streams continued elsewhere.", ("reason",), self._resumes)
         yield _counter("prompt_tokens", "Of answered requests.", by_replica, self._prompt_tokens)
         yield _counter(
             "matched_tokens", "Prompt tokens expected in cache.", by_replica, self._matched_tokens

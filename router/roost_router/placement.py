@@ -104,13 +104,19 @@ class Placer:
         self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
 
     def place(
-        self, fields: RoutingFields, now: float, tried: frozenset[str] = frozenset()
+        self,
+        fields: RoutingFields,
+        now: float,
+        tried: frozenset[str] = frozenset(),
+        dialects: frozenset[str] | None = None,
     ) -> Placement:
-        """Pick a replica not in `tried` and record the placement.
+        """Pick a replica, at best not in `tried`, and record the placement.
+
+        `dialects`: only servers of these kinds (`Replica.dialect`).
 
         Raises ModelNotFoundError or NoReplicaError. O(prompt bytes + candidates).
         """
-        replicas = self.fleet.candidates(fields.model, tried)
+        replicas = self.fleet.candidates(fields.model, tried, now, dialects)
         for replica in replicas:
             self._assume_prefilled(self._silent[replica.name], now)
         chain = text_chain(fields.prompt)
@@ -256,6 +262,7 @@ class Placer:
             self._silent[replica.name].append((due, placement))
         self.index.add(replica.holder, chain, self._stamp)
         replica.reserve(placement.uncached_tokens, now)
+        replica.health.placed(now)
         return placement
 
     def _settle(self, placement: Placement) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 import msgspec
@@ -26,6 +28,7 @@ class _BadPageError(ValueError):
 
 class _Model(msgspec.Struct):
     id: str
+    owned_by: str = ""
 
 
 class _Models(msgspec.Struct):
@@ -38,8 +41,16 @@ _models_decoder = msgspec.json.Decoder(_Models)
 class Poller:
     """Keeps the fleet's picture of its replicas fresh."""
 
-    def __init__(self, fleet: Fleet, interval_s: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        interval_s: float,
+        timeout_s: float,
+        authorization: Callable[[], str | None],
+    ) -> None:
+        """`authorization`: what the header of that name says, asked anew for every request."""
         self._fleet = fleet
+        self._authorization = authorization
         self._interval_s = interval_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
@@ -65,7 +76,7 @@ class Poller:
     async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
         base = replica.url.rstrip("/")
         try:
-            async with session.get(f"{base}/v1/models", allow_redirects=False) as answer:
+            async with self._get(session, f"{base}/v1/models") as answer:
                 if answer.status != 200:
                     raise _BadPageError(f"/v1/models answered {answer.status}")
                 models = _models_decoder.decode(await _read(answer))
@@ -81,11 +92,19 @@ class Poller:
             _log.debug("poll of %s failed: %r", replica.name, error)
             self._fleet.poll_failed(replica)
         else:
-            self._fleet.answered(replica, (model.id for model in models.data), report)
+            dialect = models.data[0].owned_by if models.data else ""
+            self._fleet.answered(replica, (model.id for model in models.data), report, dialect)
+
+    def _get(
+        self, session: aiohttp.ClientSession, url: str
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        authorization = self._authorization()
+        headers = {} if authorization is None else {"authorization": authorization}
+        return session.get(url, headers=headers, allow_redirects=False)
 
     async def _report(self, session: aiohttp.ClientSession, base: str) -> LoadReport:
         """The replica's own figures; an empty report where there is no usable page."""
-        async with session.get(f"{base}/metrics", allow_redirects=False) as answer:
+        async with self._get(session, f"{base}/metrics") as answer:
             if answer.status != 200:
                 return LoadReport()
             return parse_load_report((await _read(answer)).decode("utf-8", "replace"))

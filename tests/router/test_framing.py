@@ -11,6 +11,7 @@ import pytest
 from fake_replica import FakeReplica
 from raw_replica import SSE_HEAD, RawReplica, chunk, whole
 
+from roost_router.answer.phases import Answer
 from roost_router.placement import Placer
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello " * 300}]}
@@ -72,7 +73,7 @@ async def test_switching_protocols_is_a_lost_replica(serve):
         [b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"]
     )
 
-    assert (await post(router))[0] == 503
+    assert (await post(router))[0] == 502
     assert idle(router)
 
 
@@ -95,7 +96,7 @@ async def test_bytes_after_an_answer_reach_nobody(serve, excess):
 
 
 async def test_connections_to_a_replica_are_kept(serve):
-    stream = [SSE_HEAD, chunk(EVENT % b"a" + b"data: [DONE]\n\n"), b"0\r\n\r\n"]
+    stream = [SSE_HEAD, chunk(EVENT % b"a" + LAST + b"data: [DONE]\n\n"), b"0\r\n\r\n"]
     router, replica = await serve([whole(OK)], stream, [whole(OK)])
 
     for number in range(4):
@@ -117,7 +118,7 @@ async def test_a_large_answer_is_computed_once(serve):
 async def test_an_endless_head_is_a_lost_replica(serve):
     router, _ = await serve([b"HTTP/1.1 200 OK\r\nx: " + b"a" * 2_000_000])
 
-    assert (await post(router))[0] == 503
+    assert (await post(router))[0] == 502
 
 
 async def test_an_answer_without_length_ends_with_the_connection(serve):
@@ -137,6 +138,7 @@ def close_after(answer):
 
 
 EVENT = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n'
+LAST = b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n'
 
 
 async def test_done_inside_content_is_not_the_end(serve):
@@ -149,7 +151,7 @@ async def test_done_inside_content_is_not_the_end(serve):
 
 @pytest.mark.parametrize("end", [[None], [b"0\r\n\r\n"]])
 async def test_a_stream_that_said_done_is_complete_however_it_closes(serve, end):
-    router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a" + b"data:[DONE]\n\n"), *end])
+    router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a" + LAST + b"data:[DONE]\n\n"), *end])
 
     status, text = await post(router, stream=True)
 
@@ -204,8 +206,8 @@ async def test_a_defect_of_ours_ends_its_request_and_no_other(serve, monkeypatch
 
 
 async def test_a_defect_of_ours_in_mid_stream_cuts_it(serve, monkeypatch):
-    router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a")])
-    monkeypatch.setattr(Placer, "first_byte", broken)
+    router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a"), b"0\r\n\r\n"])
+    monkeypatch.setattr(Answer, "end", broken)
 
     await post_until_cut(router)
 
@@ -221,7 +223,7 @@ async def test_the_first_event_counts_as_the_first_token_and_the_head_does_not(s
         keep = await answer(head, writer)
         if head.startswith(b"POST"):
             await gate.wait()
-            writer.write(chunk(EVENT % b"a" + b"data: [DONE]\n\n") + b"0\r\n\r\n")
+            writer.write(chunk(EVENT % b"a" + LAST + b"data: [DONE]\n\n") + b"0\r\n\r\n")
         return keep
 
     replica._answer = slow

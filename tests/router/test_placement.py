@@ -245,14 +245,18 @@ def test_a_decision_explains_itself():
     assert "matched 0, uncached 1280" in text
 
 
-def test_tried_replicas_are_left_out_until_none_is_left():
+def test_tried_replicas_come_last_as_long_as_they_are_up():
     placer = make_placer(2)
     first = placer.place(ask(PROMPT), 0.0)
     second = placer.place(ask(PROMPT), 0.0, frozenset({first.replica.name}))
 
     assert first.replica is not second.replica
+    tried = frozenset({"r0", "r1"})
+    placer.place(ask(PROMPT), 0.0, tried)  # a second attempt beats none
+    for replica in placer.fleet.replicas:
+        placer.fleet.refused(replica)
     with pytest.raises(NoReplicaError, match="2 tried"):
-        placer.place(ask(PROMPT), 0.0, frozenset({"r0", "r1"}))
+        placer.place(ask(PROMPT), 0.0, tried)
 
 
 def test_unknown_models_and_empty_fleets_are_told_apart():

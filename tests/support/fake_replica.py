@@ -104,18 +104,20 @@ class FakeReplica:
         answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await answer.prepare(request)
         for word in ("one", " two", " three"):
-            chunk = {"id": "x", "choices": [{"index": 0, "delta": {"content": word}}]}
+            reason = "stop" if word == " three" else None
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": reason}
+            chunk = {"id": "x", "choices": [choice]}
             await answer.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
             await asyncio.sleep(0)
-            if self.fault in {"cut", "eof", "hang"} and word == " two":
+            if self.fault in {"cut", "eof"} and word == " two":
                 break
+            if self.fault == "hang" and word == " two":
+                await self.gate.wait()
         if self.fault == "cut":
             await asyncio.sleep(0.02)
             assert request.transport is not None
             request.transport.abort()
             return answer
-        if self.fault == "hang":
-            await self.gate.wait()
         if self.fault != "eof":
             last = {"id": "x", "choices": [], "usage": usage}
             await answer.write(b"data: " + json.dumps(last).encode() + b"\n\ndata: [DONE]\n\n")

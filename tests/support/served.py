@@ -84,15 +84,17 @@ class Replica:
 
 
 @contextmanager
-def served_replica(kv_tokens: int = KV_TOKENS) -> Iterator[Replica]:
-    """SmolLM2 with a small cache; one for each test module."""
+def served_replica(
+    kv_tokens: int = KV_TOKENS, model: str = "smollm2", max_running: int = 8
+) -> Iterator[Replica]:
+    """SmolLM2, or a model in a folder, with a small cache; one for each test module."""
     config = ServeConfig(
-        model="smollm2",
+        model=model,
         served_model_name=MODEL,
         kv_tokens=kv_tokens,
         max_model_len=min(2048, kv_tokens),
         max_step_tokens=256,
-        max_running=8,
+        max_running=max_running,
     )
     frontend = build_replica(config).frontend
     loop = asyncio.new_event_loop()

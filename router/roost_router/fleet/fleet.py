@@ -4,6 +4,10 @@ The poller (poll.py) and the data path bring evidence, this file turns it into s
 
     JOINING --answered--> UP --refused, or MAX_FAILED_POLLS late polls--> DOWN --answered--> UP
 
+Requests bring evidence too: failures and stalls eject a replica for a while (health.py), unless
+more than half of those up would be out: then the cause is rather something they share, and all
+take requests (Envoy's panic threshold).
+
 A refused connection means the process is gone and its KV cache with it; so does another start
 time in its report. Both retire the replica's holder in the prefix index: a new epoch, with
 nothing known. A late answer changes nothing until it repeats: a busy replica is not a dead one.
@@ -15,7 +19,9 @@ from collections.abc import Iterable
 from statistics import median
 
 from roost_router.errors import ModelNotFoundError, NoReplicaError
+from roost_router.fleet.health import Circuit, Health
 from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
+from roost_router.fleet.retry_budget import RetryBudget
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.text_chain import TEXT_BLOCK_BYTES
 from roost_wire.load_report import LoadReport
@@ -25,6 +31,8 @@ DEFAULT_KV_CAPACITY_TOKENS = 262_144
 #: English text in a 32k to 150k vocabulary; traffic corrects it.
 PRIOR_BYTES_PER_TOKEN = 4.0
 _DEFAULT_BLOCKS = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN) // TEXT_BLOCK_BYTES
+#: With a larger share of the replicas ejected, none counts as ejected.
+PANIC_SHARE = 0.5
 #: Capacity in blocks is set anew only when it moved by more than this share.
 _RESIZE_SHARE = 0.05
 
@@ -35,6 +43,7 @@ class Fleet:
     def __init__(self, index: PrefixIndex, urls: Iterable[str]) -> None:
         self._index = index
         self._bytes_per_token: dict[str, float] = {}  # by model
+        self._budgets: dict[str, RetryBudget] = {}  # by model
         self.replicas = [
             Replica(f"r{number}", url, index.open_holder(_DEFAULT_BLOCKS))
             for number, url in enumerate(urls)
@@ -57,23 +66,52 @@ class Fleet:
                     served.setdefault(model, []).append(replica)
         return served
 
+    def is_served(self, model: str) -> bool:
+        """Whether a replica that serves `model` is up. O(replicas)."""
+        return any(replica.is_up and model in replica.models for replica in self.replicas)
+
     def knows(self, model: str) -> bool:
         """Whether a replica ever named `model`. O(replicas)."""
         return any(model in replica.models for replica in self.replicas)
 
-    def candidates(self, model: str, tried: frozenset[str]) -> list[Replica]:
-        """Replicas that could answer for `model`, without those named in `tried`.
+    def candidates(
+        self,
+        model: str,
+        tried: frozenset[str],
+        now: float,
+        dialects: frozenset[str] | None = None,
+    ) -> list[Replica]:
+        """Replicas that could answer for `model`, at best none of those named in `tried`.
+
+        Where nobody else is left, ejected replicas come next, then those tried before: a second
+        attempt there beats none. `dialects`: only servers of these kinds.
 
         Raises ModelNotFoundError when replicas have told what they serve and none ever named
-        `model`; NoReplicaError when nobody is left who could answer.
+        `model`; NoReplicaError when nobody is left who could answer. O(replicas).
         """
-        found = [r for r in self.replicas if r.is_up and model in r.models and r.name not in tried]
+        up = [r for r in self.replicas if r.is_up and model in r.models]
+        if dialects is not None:
+            up = [replica for replica in up if replica.dialect in dialects]
+        fresh = [replica for replica in up if replica.name not in tried] if tried else up
+        taking = [replica for replica in fresh if replica.health.takes_requests(now)]
+        if len(taking) < len(fresh):
+            num_out = sum(r.health.circuit(now) is Circuit.EJECTED for r in up)
+            if num_out > PANIC_SHARE * len(up):
+                taking = fresh
+        found = taking or fresh or up
         if found:
             return found
         known = {name for replica in self.replicas for name in replica.models}
         if known and model not in known:
             raise ModelNotFoundError(model, sorted(known))
         raise NoReplicaError(model, tried=len(tried))
+
+    def has_fresh(self, model: str, tried: frozenset[str], now: float) -> bool:
+        """Whether a replica not named in `tried` takes requests for `model`. O(replicas)."""
+        return any(
+            r.is_up and model in r.models and r.name not in tried and r.health.takes_requests(now)
+            for r in self.replicas
+        )
 
     def prefill_tokens_per_s(self, replica: Replica) -> float:
         """Fitted speed; before the first fit the fleet's median.
@@ -86,11 +124,27 @@ class Fleet:
                 return median(speed.prefill_tokens_per_s for speed in speeds)
         return replica.speed.prefill_tokens_per_s
 
-    def answered(self, replica: Replica, models: Iterable[str], report: LoadReport) -> None:
-        """A poll succeeded: `replica` is up, serves `models` and reports `report`."""
+    def retry_budget(self, model: str) -> RetryBudget:
+        """The retries that requests of `model` may still cause."""
+        budget = self._budgets.get(model)
+        if budget is None:
+            budget = RetryBudget()
+            if self.knows(model):  # names that clients make up are not kept
+                self._budgets[model] = budget
+        return budget
+
+    def answered(
+        self, replica: Replica, models: Iterable[str], report: LoadReport, dialect: str = ""
+    ) -> None:
+        """A poll succeeded: `replica` is up, serves `models` and reports `report`.
+
+        `dialect`: which server it is, by its own words.
+        """
         known = replica.started_at is not None and report.started_at is not None
         if known and replica.started_at != report.started_at:
             self._new_epoch(replica)
+            replica.health = Health()  # another process: what the last one did is past
+        replica.dialect = dialect
         replica.state = ReplicaState.UP
         replica.num_failed_polls = 0
         replica.models = tuple(models)
@@ -107,6 +161,10 @@ class Fleet:
             self._new_epoch(replica)
         if replica.is_up:
             replica.state = ReplicaState.DOWN
+
+    def failed(self, replica: Replica, now: float, *, stalled: bool = False) -> None:
+        """A request was lost on `replica`, or made no progress there."""
+        replica.health.failed(now, stalled=stalled)
 
     def poll_failed(self, replica: Replica) -> None:
         """A poll timed out or answered nonsense; it counts only when it repeats."""

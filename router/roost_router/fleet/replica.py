@@ -17,6 +17,7 @@ from __future__ import annotations
 from enum import Enum
 from math import exp
 
+from roost_router.fleet.health import Health
 from roost_router.fleet.speed import Speed
 from roost_wire.load_report import LoadReport
 
@@ -47,6 +48,9 @@ class Replica:
         self.report = LoadReport()  # its own figures, as of the last poll
         self.num_failed_polls = 0
         self.speed = Speed()
+        self.health = Health()
+        self.last_event_at = 0.0  # when any stream of it last showed a token
+        self.dialect = ""  # which server it is, as `owned_by` in its /v1/models says
         self.queued_tokens = 0
         self.num_in_flight = 0
         self.num_decoding = 0

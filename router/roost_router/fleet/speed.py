@@ -24,6 +24,7 @@ _PRIOR_OVERHEAD_S = 0.02
 _PRIOR_S_PER_TOKEN = 1.0 / 2000.0
 _PRIOR_SPREAD = 100.0**2  # tokens squared: what the pull weighs against the spread of the work
 _PRIOR_DECODE_S = 0.005
+_PRIOR_GAP_S = 0.1
 _MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the slope positive
 
 _Sums = tuple[float, ...]
@@ -34,7 +35,9 @@ class Speed:
 
     def __init__(self) -> None:
         self.num_observed = 0
+        self.most_tokens = 0.0  # most work that a first token was observed to follow
         self.decode_s = _PRIOR_DECODE_S
+        self.usual_gap_s = _PRIOR_GAP_S  # between events of a stream, whatever else is running
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         #: Slope of the fit, inverted; always positive and finite.
@@ -45,11 +48,13 @@ class Speed:
         decayed = tuple(_KEEP * part for part in self._data)
         self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
         self.num_observed += 1
+        self.most_tokens = max(self.most_tokens, work_tokens)
         self.prefill_tokens_per_s = self._slope_inverted()
 
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
         self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
+        self.usual_gap_s += 0.2 * (itl_s - self.usual_gap_s)
 
     def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)

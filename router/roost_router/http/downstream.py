@@ -13,26 +13,61 @@ from collections import deque
 from typing import Protocol
 
 import httptools
-import msgspec
 
 from roost_router.errors import BadRequestError, BodyTooLargeError, RouterError
-from roost_router.http.head import MAX_HEAD_BYTES, READ_BYTES, Headers, response_head
+from roost_router.http.head import (
+    MAX_HEAD_BYTES,
+    READ_BYTES,
+    Headers,
+    RequestHead,
+    response_head,
+)
+from roost_router.http.known_heads import KnownHead, KnownHeads, read_known_request
 
 MAX_HEADERS = 128
 #: Requests that may wait behind the one being served; their bodies together may be as large as
 #: one body.
 _MAX_PIPELINED = 64
+#: Pieces of a body kept apart before they are copied together: a body has few, unless a client
+#: sends it by the byte to make us hold an object for each.
+_MAX_PIECES = 16
+#: What a head says depends on its bytes alone, so all connections share what was read.
+_KNOWN_HEADS = KnownHeads(read_known_request)
 
 
-class Request(msgspec.Struct):
+class Request:
     """One request as it was read."""
 
-    method: bytes
-    target: bytes  # path and query, as sent
-    headers: Headers
-    body: bytes
-    keep_alive: bool  # never for HTTP/1.0
-    is_http_1_0: bool  # cannot read a chunked answer
+    __slots__ = ("body", "head")
+
+    def __init__(self, head: RequestHead, body: bytes) -> None:
+        self.head = head
+        self.body = body
+
+    @property
+    def method(self) -> bytes:
+        """As sent."""
+        return self.head.method
+
+    @property
+    def target(self) -> bytes:
+        """Path and query."""
+        return self.head.target
+
+    @property
+    def headers(self) -> Headers:
+        """Names in lower case; not to be changed."""
+        return self.head.headers
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection stays open after the answer."""
+        return self.head.keep_alive
+
+    @property
+    def is_http_1_0(self) -> bool:
+        """Whether the client cannot read a chunked answer."""
+        return self.head.is_http_1_0
 
 
 class Answering(Protocol):
@@ -80,14 +115,17 @@ class Downstream(asyncio.Protocol):
     def __init__(self, service: Service) -> None:
         self._service = service
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: httptools.HttpRequestParser | None = None  # made when a head is not known
+        self._heads: KnownHeads[RequestHead] | None = _KNOWN_HEADS  # None after the last request
+        self._known: KnownHead[RequestHead] | None = None  # the head of the request before
         self._waiting: deque[Request] = deque()
         self._active: Answering | None = None
-        self._body: bytes | bytearray = b""
         self._is_closing = False  # no further request is read
         self._is_paused = False  # the client does not read what was written
         self._waiting_bytes = 0  # bodies of waiting requests
-        self._body_left = 0  # bytes of a body that llhttp does not read, see _ignore_upgrade
+        self._body_left = 0  # bytes of a body that llhttp does not read
+        self._has_begun = False  # some of a request has come
+        self._is_upgrade = False  # whose head asked for another protocol, see _ignore_upgrade
         self._reset()
 
     @property
@@ -167,12 +205,45 @@ class Downstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes from the client."""
-        if self._is_closing:
-            return
-        if self._body_left:
-            self._read_body(data)
-            return
-        head_was_pending = not self._has_head
+        while data and not self._is_closing:
+            if self._body_left:
+                data = self._read_body(data)
+                continue
+            found = None if self._has_begun else self._find_known(data)
+            if found is None or found[1] > self._service.max_body_bytes:
+                self._parse(data)
+                return
+            assert self._known is not None
+            start, length = found
+            if start + length == len(data):  # the usual case: one whole request, sliced once
+                self._take(Request(self._known.head, data[start:]))
+                return
+            data = data[start:]
+            if length:
+                self._has_begun = True
+                self._body_left = length
+            else:
+                self._take(Request(self._known.head, b""))
+
+    def _find_known(self, data: bytes) -> tuple[int, int] | None:
+        """Where the body starts and how long it is, if `data` begins with a known head."""
+        if self._heads is None:
+            return None
+        if self._known is not None:
+            found = self._known.match(data)
+            if found is not None:
+                return found
+        known = self._heads.find(data)
+        if known is None:
+            return None
+        self._known = known
+        return known.match(data)
+
+    def _parse(self, data: bytes) -> None:
+        """Let llhttp read `data`."""
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
+        is_start, head_was_pending = not self._has_begun, not self._has_head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -183,6 +254,8 @@ class Downstream(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._stop(BadRequestError(f"the request is not valid HTTP/1.1: {error}"))
         else:
+            if is_start and self._heads is not None:
+                self._heads.learn(data)
             if head_was_pending and not self._has_head:
                 self._bound_unread_head(len(data))
 
@@ -208,6 +281,7 @@ class Downstream(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """llhttp: the head is complete; judge the announced size before the body comes."""
+        assert self._parser is not None
         self._has_head = True
         version, num_hosts = self._parser.get_http_version(), 0
         for name, value in self._headers:
@@ -228,43 +302,63 @@ class Downstream(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
-        if len(self._body) + len(data) > self._service.max_body_bytes:
-            raise BodyTooLargeError(self._service.max_body_bytes)
         self._extend_body(data)
+        if self._body_bytes > self._service.max_body_bytes:
+            raise BodyTooLargeError(self._service.max_body_bytes)
 
     def on_message_complete(self) -> None:
         """llhttp: a request is complete, or, with an Upgrade header, its head is."""
-        if self._parser.should_upgrade():
-            return
-        self._enqueue()
+        assert self._parser is not None
+        if not self._parser.should_upgrade():
+            request = self._request()
+            self._reset()
+            self._enqueue(request)
 
-    def _enqueue(self) -> None:
-        self._waiting_bytes += len(self._body)
+    def _request(self) -> Request:
+        """The request that llhttp has read."""
+        assert self._parser is not None
+        is_http_1_0 = self._parser.get_http_version() == "1.0"
+        keep_alive = self._parser.should_keep_alive() and not is_http_1_0
+        if not keep_alive:
+            self._heads = None  # llhttp judges what a client sends after its last request
+        head = RequestHead(
+            self._parser.get_method(),
+            self._target,
+            self._headers,
+            keep_alive=keep_alive,
+            is_http_1_0=is_http_1_0,
+        )
+        return Request(head, self._take_body())
+
+    def _take(self, request: Request) -> None:
+        """A request that llhttp has not read is complete."""
+        try:
+            self._enqueue(request)
+        except RouterError as error:
+            self._stop(error)
+
+    def _enqueue(self, request: Request) -> None:
+        """Serve `request`, now or after those before it. Raises BadRequestError: too many."""
+        if self._active is None and not self._waiting and not self._is_paused:
+            self._serve(request)
+            return
+        self._waiting_bytes += len(request.body)
         if len(self._waiting) >= _MAX_PIPELINED or (
             self._waiting and self._waiting_bytes > self._service.max_body_bytes
         ):
             raise BadRequestError("too many pipelined requests")
-        is_http_1_0 = self._parser.get_http_version() == "1.0"
-        request = Request(
-            method=self._parser.get_method(),
-            target=_origin_form(self._target),
-            headers=self._headers,
-            body=bytes(self._body),
-            keep_alive=self._parser.should_keep_alive() and not is_http_1_0,
-            is_http_1_0=is_http_1_0,
-        )
         self._waiting.append(request)
-        self._reset()
-        if self._active is None:
-            self._serve_next()
 
     def _extend_body(self, data: bytes) -> None:
-        if not self._body:
-            self._body = data  # the usual case: one piece, never copied
-        elif isinstance(self._body, bytearray):
-            self._body += data
+        self._body_bytes += len(data)
+        if len(self._pieces) < _MAX_PIECES:
+            self._pieces.append(data)
         else:
-            self._body = bytearray(self._body + data)
+            self._tail += data
+
+    def _take_body(self) -> bytes:
+        pieces = self._pieces
+        return pieces[0] if len(pieces) == 1 else b"".join([*pieces, self._tail])
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Serve a request that asks for another protocol as HTTP/1.1 (RFC 9110 §7.8), its last.
@@ -272,6 +366,7 @@ class Downstream(asyncio.Protocol):
         llhttp stops at such a head, so a body of known length is read here. Java's HttpClient
         sends its first request this way.
         """
+        self._is_upgrade = True
         lengths = [int(value) for name, value in self._headers if name == b"content-length"]
         if any(name == b"transfer-encoding" for name, _ in self._headers):
             self._stop(BadRequestError("a chunked body cannot come with an Upgrade header"))
@@ -281,28 +376,38 @@ class Downstream(asyncio.Protocol):
         else:
             self._end_upgraded()
 
-    def _read_body(self, data: bytes) -> None:
+    def _read_body(self, data: bytes) -> bytes:
+        """Take the rest of a body of known length; returns what comes after it."""
         piece = data[: self._body_left]
         self._extend_body(piece)
         self._body_left -= len(piece)
-        if not self._body_left:
+        if self._body_left:
+            return b""
+        if self._is_upgrade:
             self._end_upgraded()
+        else:
+            assert self._known is not None
+            request = Request(self._known.head, self._take_body())
+            self._reset()
+            self._take(request)
+        return data[len(piece) :]
 
     def _end_upgraded(self) -> None:
         self._is_closing = True
-        try:
-            self._enqueue()
-        except RouterError as error:
-            self._stop(error)
+        request = self._request()
+        self._reset()
+        self._take(request)
         if self.is_idle:
             self.close()
 
     def _serve_next(self) -> None:
         """Serve the first waiting request, unless the client does not read its answers."""
-        if self._is_paused:
-            return
-        request = self._waiting.popleft()
-        self._waiting_bytes -= len(request.body)
+        if not self._is_paused:
+            request = self._waiting.popleft()
+            self._waiting_bytes -= len(request.body)
+            self._serve(request)
+
+    def _serve(self, request: Request) -> None:
         exchange = self._service.answer(self, request)
         self._active = exchange
         exchange.start()
@@ -331,7 +436,9 @@ class Downstream(asyncio.Protocol):
         self._unread_head_bytes = 0
         self._has_begun = False
         self._has_head = False
-        self._body = b""
+        self._pieces: list[bytes] = []
+        self._tail = bytearray()  # what comes after _MAX_PIECES pieces
+        self._body_bytes = 0
 
 
 class HeadTooLargeError(BadRequestError):
@@ -339,11 +446,3 @@ class HeadTooLargeError(BadRequestError):
 
     status = 431
     code = "head_too_large"
-
-
-def _origin_form(target: bytes) -> bytes:
-    """Path and query of a target that may name scheme and host as well (RFC 9112 §3.2.2)."""
-    if target.startswith((b"http://", b"https://")):
-        _, slash, path = target.partition(b"://")[2].partition(b"/")
-        return slash + path or b"/"
-    return target

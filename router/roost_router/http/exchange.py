@@ -1,19 +1,16 @@
-"""One request to a replica and its answer back: the life of a request on the data path.
+"""One request to replicas and their answer back: the life of a request on the data path.
 
-    start ──► place ──► send ──► head ──► body … ──► end
-                ▲         │        └ a stream is relayed as it comes
-                └─ lost ──┘        └ anything else is held until complete, then sent at once
+    start ──► place ──► dial, send ──► head, body … ──► end
+                ▲                             │
+                └── AGAIN, RESUME ◄── verdict ◄┘ lost, stalled, refused
 
-Up to the first byte sent to the client a lost replica costs nothing: the request is placed
-again, without the replicas that failed or said 503. A whole (non-streamed) answer is held until
-complete, since no client can use half of it, so it survives a replica's death until its last
-byte; an answer over MAX_HELD_BYTES is relayed like a stream. After the first byte the loss is
-reported: one error event, no [DONE], and the connection is cut. A stream that ends without
-[DONE] counts as lost, never as a success.
+What a loss leads to is decided in answer/phases.py, where a request goes in placement.py, which
+replicas are out in fleet/. This shell moves bytes and does what they say. Everything runs in
+event-loop callbacks; the one await is dialling. Each callback is guarded: a defect of ours ends
+this request with a 500, or cuts it, and nothing else.
 
-This shell moves bytes and calls the placer at its four moments; what to do where is decided in
-placement.py. Everything runs in event-loop callbacks; the one await is dialling. Each callback
-is guarded: a defect of ours ends this request with a 500, or cuts it, and nothing else.
+The service asks ten times a second which exchanges are due: deadlines, and streams whose replica
+makes no progress.
 """
 
 from __future__ import annotations
@@ -22,11 +19,23 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
 import msgspec
 
-from roost_router.errors import NoReplicaError, RouterError, UpstreamError, error_body
+from roost_router.answer.phases import Answer, Phase, Verdict
+from roost_router.answer.resume import CannotResumeError
+from roost_router.errors import (
+    BadRequestError,
+    DeadlineError,
+    NoReplicaError,
+    RetryBudgetError,
+    RouterError,
+    UpstreamError,
+    error_body,
+)
+from roost_router.fleet.watch import MIN_ITL_S, is_stalled, itl_limit_s, ttft_limit_s
 from roost_router.http import head
 from roost_router.http.head import (
     Headers,
@@ -38,7 +47,6 @@ from roost_router.http.head import (
 )
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
-from roost_router.sse import SseObserver, Usage, read_usage
 
 if TYPE_CHECKING:
     from roost_router.http.downstream import Downstream, Request
@@ -48,8 +56,12 @@ if TYPE_CHECKING:
 _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
 
-#: A non-streamed answer up to this size is held until it is complete.
-MAX_HELD_BYTES = 4 << 20
+#: Statuses that speak against a replica. 429 and 503 do not: it works, and says it is busy.
+_FAILURES: Final = frozenset({500, 502, 504})
+#: Seconds before a replica that just failed is tried again because there is no other.
+_BACKOFF_S: Final = (0.01, 0.05)
+#: Seconds that a whole answer may still take on a replica that answers no poll any more.
+_GONE_S: Final = 10.0
 
 
 class Outcome(Enum):
@@ -59,7 +71,7 @@ class Outcome(Enum):
     CLIENT_ERROR = "client_error"  # 4xx, ours or the replica's
     SERVER_ERROR = "server_error"  # 5xx, ours or the replica's
     CLIENT_GONE = "client_gone"
-    CUT = "cut"  # the replica died after the first byte was sent
+    CUT = "cut"  # lost after the first byte was sent, and not to be continued
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +82,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
     status: int
     attempts: int
+    resumes: int
     duration_s: float
     ttft_s: float | None
     matched_tokens: int | None  # predicted
@@ -92,60 +105,53 @@ def _guarded(
     return run
 
 
-class _Leg:
-    """What one attempt on one replica has shown so far."""
-
-    def __init__(self) -> None:
-        self.status = 0  # 0 until the replica's head came
-        self.headers: Headers = []
-        self.is_relaying = False  # the head went to the client: no way back
-        self.sse: SseObserver | None = None  # set for a stream
-        self.held: list[bytes] = []
-        self.held_bytes = 0
-        self.ttft_s: float | None = None
-        self.prompt_tokens: int | None = None
-        self.cached_tokens: int | None = None
-
-
 class Exchange:
     """Serves one completion request."""
 
     def __init__(
         self, service: DataService, client: Downstream, request: Request, fields: RoutingFields
     ) -> None:
+        now = service.now()
         self._service = service
         self._client = client
         self._request = request
         self._fields = fields
         self._request_id = service.request_id(request)
-        self._started_at = service.now()
+        self._started_at = now
+        self._deadline = now + _timeout_s(request)
+        budget = service.placer.fleet.retry_budget(fields.model)
+        if get_header(request.headers, head.RETRY_COUNT) in {None, b"0"}:
+            budget.deposit(now)
+        else:
+            budget.charge(now)
+        self._answer = Answer(request.body, service.limits, budget, self._deadline)
         self._placement: Placement | None = None
+        self._first_placement: Placement | None = None  # what the client is told of
         self._upstream: Upstream | None = None
         self._dialling: asyncio.Task[None] | None = None
-        self._attempts = 0
+        self._waiting: asyncio.TimerHandle | None = None
+        self._body = request.body  # of the present leg
         self._tried: frozenset[str] = frozenset()
+        self._headers: Headers = []  # of the present leg's answer
+        self._has_begun = False  # the head went to the client
         self._is_over = False
+        self._is_paused = False  # the client does not read
         self._was_paused = False  # then the pace of events is the client's, not the replica's
-        self._leg = _Leg()
+        self._ttft_s: float | None = None
+        # of the present leg:
+        self._num_events = 0
+        self._last_at = now  # when it was sent, or last showed a token
+        self._widest_gap_s = 0.0
 
     @_guarded
     def start(self) -> None:
-        """Place the request and send it; ends in `_finish`, `_fail` or `client_gone`."""
+        """Place the request and send it; ends in `_finish`, `_fail`, `_cut` or `client_gone`."""
         try:
-            self._placement = self._service.placer.place(
-                self._fields, self._service.now(), self._tried
-            )
+            self._place(None)
         except RouterError as error:
             self._fail(error)
             return
-        self._attempts += 1
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s: %s", self._request_id.decode(), self._placement.explain())
-        upstream = self._service.pool(self._placement.replica).try_idle()
-        if upstream is None:
-            self._dialling = asyncio.ensure_future(self._dial())
-        else:
-            self._send(upstream)
+        self._connect()
 
     def client_gone(self) -> None:
         """The client closed: closing the replica's connection aborts its work."""
@@ -154,93 +160,140 @@ class Exchange:
 
     def give_up(self) -> None:
         """Something that must not happen did: answer 500 if nothing was sent, else cut."""
-        if self._is_over or self._leg.is_relaying:
+        if self._is_over or self._has_begun:
             if not self._is_over:
-                self._end(Outcome.CUT, self._leg.status)
+                self._end(Outcome.CUT, self._answer.status)
             self._client.abort()
         else:
             self._fail(RouterError("the router failed to serve this request"))
 
     def pause(self) -> None:
         """Back-pressure from the client goes to the replica."""
-        self._was_paused = True
+        self._is_paused = self._was_paused = True
         if self._upstream is not None:
             self._upstream.pause()
 
     def resume(self) -> None:
         """The client has caught up."""
+        self._is_paused = False
+        self._last_at = self._service.now()
         if self._upstream is not None:
             self._upstream.resume()
+
+    def is_due(self, now: float) -> bool:
+        """Whether time is up for this request, or its replica has stalled; see `expire`."""
+        return now >= self._deadline or self._has_stalled(now)
+
+    @_guarded
+    def expire(self, now: float) -> None:
+        """Give up on a request whose time is up, or on a replica that has stalled."""
+        assert self._placement is not None
+        if now < self._deadline:
+            self._service.placer.fleet.failed(self._placement.replica, now, stalled=True)
+            self._lost(f"the replica made no progress for {now - self._last_at:.1f} s", "stall")
+        elif self._has_begun:
+            self._cut("the time that the client gave is over")
+        else:
+            self._fail(DeadlineError())
+
+    def _has_stalled(self, now: float) -> bool:
+        placement = self._placement
+        if self._upstream is None or placement is None or self._is_paused:
+            return False
+        replica, silent_s = placement.replica, now - self._last_at
+        if silent_s < MIN_ITL_S:
+            return False
+        if not self._fields.stream:  # shows nothing until it is complete
+            limit_s = inf if replica.is_up else _GONE_S
+        elif self._num_events:
+            limit_s = itl_limit_s(replica, self._widest_gap_s)
+        else:
+            limit_s = ttft_limit_s(replica, placement.work_tokens)
+        return is_stalled(replica, self._last_at, limit_s, now)
 
     # the replica's side (upstream.Listener)
 
     @_guarded
     def on_head(self, status: int, headers: Headers) -> None:
-        """The answer begins: relay a stream at once, hold anything else."""
+        """The leg's answer begins."""
         assert self._placement is not None
-        leg = self._leg
-        leg.status, leg.headers = status, headers
-        self._learn(_int(headers, head.PROMPT_TOKENS), _int(headers, head.CACHED_TOKENS))
+        self._headers = headers
         content_type = get_header(headers, b"content-type") or b""
-        if status == 200 and content_type.startswith(b"text/event-stream"):
-            leg.sse = SseObserver()
-            self._relay_head()
-        elif status == 200:  # an error computed nothing: its blocks are taken back at the end
-            self._service.placer.first_byte(self._placement, self._service.now(), streamed=False)
+        is_stream = content_type.startswith(b"text/event-stream")
+        self._answer.head(status, is_stream=is_stream, seed=_int(headers, head.SEED, 20))
+        if status == 200:
+            prompt = _int(headers, head.PROMPT_TOKENS, 9)
+            self._learn(prompt, _int(headers, head.CACHED_TOKENS, 9))
+            if not is_stream:  # an error computed nothing: its blocks are taken back at the end
+                placer, now = self._service.placer, self._service.now()
+                placer.first_byte(self._placement, now, streamed=False)
 
     @_guarded
     def on_body(self, data: bytes) -> None:
-        """More of the answer."""
-        leg = self._leg
-        if leg.sse is not None:
-            leg.sse.feed(data)
-            if leg.ttft_s is None and leg.sse.num_events:
-                self._note_first_event()
-        if leg.is_relaying:
-            self._relay(data)
-            return
-        leg.held.append(data)
-        leg.held_bytes += len(data)
-        if leg.held_bytes > MAX_HELD_BYTES:
-            self._relay_head()
-            for part in leg.held:
-                self._relay(part)
-            leg.held.clear()
+        """More of the leg's answer."""
+        answer = self._answer
+        events = answer.body(data)
+        reader = answer.reader
+        if reader is not None:
+            if reader.num_events != self._num_events:
+                self._note_progress(reader.num_events)
+            if reader.fault is not None:
+                self._write(events)
+                self._failed_here()
+                self._lost(reader.fault, "fault")
+                return
+        self._write(events)
 
     @_guarded
     def on_end(self) -> None:
-        """The answer is complete."""
+        """The leg's answer is complete."""
+        assert self._placement is not None
         self._upstream = None
-        if self._leg.sse is not None:
-            self._leg.sse.end()
-            if not self._leg.sse.is_done:
-                self._cut("the replica ended the stream before it was complete")
-                return
-            self._learn_usage(self._leg.sse.usage)
-        if self._leg.is_relaying:
-            if not self._request.is_http_1_0:
-                self._client.write(b"0\r\n\r\n")
-            self._finish()
-        elif self._leg.status == 503:
-            self._again(NoReplicaError(self._fields.model, self._attempts), "refused")
+        answer, now = self._answer, self._service.now()
+        replica = self._placement.replica
+        verdict, events = answer.end(now, self._has_others)
+        if answer.status in _FAILURES or (answer.reader is not None and not answer.is_done):
+            self._failed_here()
+        elif answer.status < 429:
+            replica.health.succeeded()
         else:
-            self._send_held()
+            replica.health.left()
+        self._write(events)
+        usage = answer.usage
+        if usage is not None and not answer.num_resumes:
+            self._learn(usage.prompt_tokens, usage.cached_tokens)
+        self._act(verdict, "status" if answer.reader is None else "cut")
 
     @_guarded
     def on_lost(self, reason: str) -> None:
-        """The replica broke off: again elsewhere, or tell the client."""
+        """The replica broke off."""
         upstream, self._upstream = self._upstream, None
-        if self._leg.sse is not None and self._leg.sse.is_done:
-            self.on_end()  # all that counts has come
-        elif self._leg.is_relaying:
-            self._cut(reason)
-        elif upstream is not None and upstream.num_requests > 1 and not self._leg.status:
+        if upstream is not None and upstream.num_requests > 1 and not self._answer.status:
             # A kept connection that the replica closed meanwhile says nothing of the replica.
             self._dialling = asyncio.ensure_future(self._dial())
-        else:
-            self._again(UpstreamError(f"the replica broke off: {reason}"), "lost")
+            return
+        if not self._answer.is_done:
+            self._failed_here()
+        self._lost(f"the replica broke off: {reason}", "lost")
 
-    # steps
+    # legs
+
+    def _place(self, dialects: frozenset[str] | None) -> None:
+        self._placement = self._service.placer.place(
+            self._fields, self._service.now(), self._tried, dialects
+        )
+        if self._first_placement is None or not self._has_begun:
+            self._first_placement = self._placement
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", self._request_id.decode(), self._placement.explain())
+
+    def _connect(self) -> None:
+        assert self._placement is not None
+        upstream = self._service.pool(self._placement.replica).try_idle()
+        if upstream is None:
+            self._dialling = asyncio.ensure_future(self._dial())
+        else:
+            self._send(upstream)
 
     async def _dial(self) -> None:
         assert self._placement is not None
@@ -249,9 +302,11 @@ class Exchange:
             upstream = await self._service.pool(replica).dial()
         except OSError as error:
             self._dialling = None
+            self._answer.begin()
             if isinstance(error, ConnectionRefusedError):
                 self._service.placer.fleet.refused(replica)
-            self._again(UpstreamError(f"the replica cannot be reached: {error}"), "unreachable")
+            self._failed_here()
+            self._lost(f"the replica cannot be reached: {error}", "unreachable")
         else:
             self._dialling = None
             self._send(upstream)
@@ -260,99 +315,203 @@ class Exchange:
     def _send(self, upstream: Upstream) -> None:
         assert self._placement is not None
         self._upstream = upstream
-        self._leg = _Leg()
+        self._answer.begin()
+        self._headers = []
+        self._num_events, self._widest_gap_s = 0, 0.0
+        self._last_at = self._service.now()
         request, pool = self._request, self._service.pool(self._placement.replica)
         headers = to_replica(request.headers)
         headers.append((head.REQUEST_ID, self._request_id))
+        if self._fields.stream:
+            headers.append((head.RESUMABLE, b"1"))
         request_bytes = request_head(
             method=request.method,
             target=pool.base_path + request.target,
             host=pool.host,
             headers=headers,
-            body_bytes=len(request.body),
+            body_bytes=len(self._body),
         )
-        upstream.send(self, [request_bytes, request.body])
+        upstream.send(self, [request_bytes, self._body])
 
-    def _note_first_event(self) -> None:
-        """The first token is there. The head says nothing: many servers send it at once."""
+    def _note_progress(self, num_events: int) -> None:
+        """Tokens came. The head says nothing: many servers send it at once."""
         assert self._placement is not None
         now = self._service.now()
-        self._leg.ttft_s = now - self._started_at
-        self._service.placer.first_byte(self._placement, now, streamed=True)
+        if not self._num_events:
+            if self._ttft_s is None:
+                self._ttft_s = now - self._started_at
+            self._service.placer.first_byte(self._placement, now, streamed=True)
+        elif now - self._last_at > self._widest_gap_s:
+            self._widest_gap_s = now - self._last_at
+        self._num_events = num_events
+        self._last_at = self._placement.replica.last_event_at = now
 
-    @_guarded
-    def _again(self, error: RouterError, reason: str) -> None:
-        """Place the request elsewhere, or give up with `error`."""
+    def _has_others(self) -> bool:
+        """Whether a replica is left that was not tried for this request."""
         assert self._placement is not None
+        tried = self._tried | {self._placement.replica.name}
+        return self._service.placer.fleet.has_fresh(self._fields.model, tried, self._service.now())
+
+    def _failed_here(self) -> None:
+        assert self._placement is not None
+        self._service.placer.fleet.failed(self._placement.replica, self._service.now())
+
+    def _lost(self, reason: str, label: str) -> None:
+        """The present leg is over, and was not enough."""
+        self._act(self._answer.lost(reason, self._service.now()), label)
+
+    def _act(self, verdict: Verdict, label: str) -> None:
+        """Do what answer/phases.py says; `label` of a loss goes to the metrics."""
+        if verdict is Verdict.COMPLETE:
+            self._complete(self._answer.closing())
+        elif verdict is Verdict.WHOLE:
+            self._send_held()
+        elif verdict is Verdict.AGAIN:
+            self._leave_replica()
+            self._service.metrics.retried(label)
+            self._again()
+        elif verdict is Verdict.RESUME:
+            self._leave_replica()
+            self._service.metrics.resumed(label)
+            self._continue()
+        elif verdict is Verdict.FAIL:
+            self._fail(self._error())
+        else:
+            self._cut(self._answer.reason)
+
+    def _leave_replica(self) -> None:
+        """Release what the present leg holds."""
+        assert self._placement is not None
+        if self._upstream is not None:
+            self._upstream.abandon()
+            self._upstream = None
         self._service.placer.finish(self._placement, self._service.now())
         self._tried |= {self._placement.replica.name}
-        if self._attempts >= self._service.max_attempts:
-            self._fail(error)
-            return
-        self._service.metrics.retried(reason)
-        self.start()
 
-    def _relay_head(self) -> None:
-        self._leg.is_relaying = True
+    def _again(self) -> None:
+        """Place the request elsewhere; after a moment, if elsewhere is where it just failed."""
+        assert self._placement is not None
+        before = self._placement.replica
+        try:
+            self._place(None)
+        except RouterError as error:
+            self._fail(self._error() if isinstance(error, NoReplicaError) else error)
+            return
+        if self._placement.replica is before or self._placement.replica.name in self._tried:
+            self._later(self._connect)
+        else:
+            self._connect()
+
+    @_guarded
+    def _continue(self) -> None:
+        """Send the rest of a broken stream to another replica."""
+        reason = f"{self._answer.reason}; no replica is left that could continue"
+        for dialects in self._answer.dialects():
+            try:
+                self._place(dialects)
+            except RouterError:
+                continue
+            assert self._placement is not None
+            try:
+                body = self._answer.next_body(self._placement.replica.dialect)
+            except CannotResumeError as error:
+                reason = f"{self._answer.reason}; {error}"
+                self._service.placer.finish(self._placement, self._service.now())
+                continue
+            if body is None:
+                self._complete(self._answer.closing(is_exhausted=True))
+                return
+            self._body = body
+            if self._placement.replica.name in self._tried:
+                self._later(self._connect)
+            else:
+                self._connect()
+            return
+        self._cut(reason)
+
+    def _later(self, step: Callable[[], None]) -> None:
+        def run() -> None:
+            self._waiting = None
+            step()
+
+        delay_s = self._service.rng.uniform(*_BACKOFF_S)
+        self._waiting = asyncio.get_running_loop().call_later(delay_s, run)
+
+    # the client's side
+
+    def _write(self, data: bytes) -> None:
+        """Forward bytes of the answer, its head before the first of them."""
+        if not data:
+            return
+        if not self._has_begun:
+            self._begin()
+        if not self._request.is_http_1_0:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._client.write(data)
+
+    def _begin(self) -> None:
+        self._has_begun = True
         framing = [] if self._request.is_http_1_0 else [b"transfer-encoding: chunked"]
+        keep_alive = self._request.keep_alive and not self._service.is_draining
         self._client.write(
             response_head(
-                self._leg.status,
+                self._answer.status,
                 self._answer_headers(),
                 framing=framing,
-                keep_alive=self._request.keep_alive,
+                keep_alive=keep_alive,
             )
         )
 
-    def _relay(self, data: bytes) -> None:
-        if self._request.is_http_1_0:
-            self._client.write(data)
-        else:
-            self._client.write(b"%x\r\n%b\r\n" % (len(data), data))
-
     def _send_held(self) -> None:
-        body = b"".join(self._leg.held)
-        if self._leg.status == 200:
-            self._learn_usage(read_usage(body))
-        elif self._leg.status >= 400:
-            body = _openai_shaped(self._leg.status, body, self._leg.headers)
+        answer = self._answer
+        body = b"".join(answer.held)
+        if answer.status >= 400:
+            body, self._headers = _openai_shaped(answer.status, body, self._headers)
         start = response_head(
-            self._leg.status,
+            answer.status,
             self._answer_headers(),
             framing=[b"content-length: %d" % len(body)],
-            keep_alive=self._request.keep_alive,
+            keep_alive=self._request.keep_alive and not self._service.is_draining,
         )
         self._client.write(start + body)
         self._finish()
 
     def _answer_headers(self) -> Headers:
         assert self._placement is not None
-        placement, headers = self._placement, to_client(self._leg.headers)
+        placement, answer = self._placement, self._answer
+        headers = to_client(self._headers)
         headers += [
             (head.REQUEST_ID, self._request_id),
             (head.REPLICA, placement.replica.name.encode()),
             (head.MATCHED_TOKENS, b"%d" % placement.matched_tokens),
-            (head.ATTEMPTS, b"%d" % self._attempts),
+            (head.ATTEMPTS, b"%d" % answer.num_attempts),
         ]
-        if self._leg.cached_tokens is not None:
-            headers.append((head.CACHED_TOKENS, b"%d" % self._leg.cached_tokens))
+        if answer.cached_tokens is not None:
+            headers.append((head.CACHED_TOKENS, b"%d" % answer.cached_tokens))
         return headers
 
-    def _learn_usage(self, usage: Usage | None) -> None:
-        if usage is not None:
-            self._learn(usage.prompt_tokens, usage.cached_tokens)
-
     def _learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
+        """What a leg told of the prompt; the first leg's word is the client's."""
         assert self._placement is not None
-        if prompt_tokens is None or self._leg.prompt_tokens is not None:
+        if prompt_tokens is None:
             return
-        self._leg.prompt_tokens, self._leg.cached_tokens = prompt_tokens, cached_tokens
+        if not self._answer.num_resumes:
+            self._answer.prompt_tokens, self._answer.cached_tokens = prompt_tokens, cached_tokens
         self._service.placer.learn(self._placement, prompt_tokens, cached_tokens)
 
     # ends
 
+    def _complete(self, closing: bytes) -> None:
+        """The client has the whole answer, once `closing` is written."""
+        self._write(closing)
+        if not self._has_begun:
+            self._begin()
+        if not self._request.is_http_1_0:
+            self._client.write(b"0\r\n\r\n")
+        self._finish()
+
     def _finish(self) -> None:
-        self._end(_outcome(self._leg.status), self._leg.status)
+        self._end(_outcome(self._answer.status), self._answer.status)
         self._client.finish(keep_alive=self._request.keep_alive)
 
     def _fail(self, error: RouterError) -> None:
@@ -361,14 +520,24 @@ class Exchange:
         self._end(_outcome(error.status), error.status)
         self._client.finish(keep_alive=self._request.keep_alive)
 
+    def _error(self) -> RouterError:
+        """The last loss, as the client is told of it."""
+        answer = self._answer
+        if answer.budget_is_spent:
+            return RetryBudgetError(answer.reason)
+        if self._service.now() >= self._deadline:
+            return DeadlineError()
+        if not self._service.placer.fleet.is_served(self._fields.model):
+            return NoReplicaError(self._fields.model, answer.num_attempts)
+        return UpstreamError(answer.reason)
+
     def _cut(self, reason: str) -> None:
         """Tell a client that has part of the answer that the rest will not come."""
-        message = f"the stream was cut: {reason}"
-        if self._leg.sse is not None:
+        if self._answer.phase is Phase.STREAMING:
+            message = f"the stream was cut: {reason}"
             event = error_body(message, "server_error", None, "upstream_lost")
-            start = b"\n\n" if self._leg.sse.is_inside_line else b""
-            self._relay(start + b"data: " + event + b"\n\n")
-        self._end(Outcome.CUT, self._leg.status)
+            self._write(b"data: " + event + b"\n\n")
+        self._end(Outcome.CUT, self._answer.status)
         self._client.abort()
 
     def _end(self, outcome: Outcome, status: int) -> None:
@@ -378,25 +547,30 @@ class Exchange:
         now, service, placement = self._service.now(), self._service, self._placement
         if self._dialling is not None:
             self._dialling.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         if self._upstream is not None:
             self._upstream.abandon()
             self._upstream = None
+        first, answer = self._first_placement, self._answer
         record = RequestRecord(
             model=self._fields.model,
             replica=placement.replica.name if placement is not None else None,
             outcome=outcome,
             status=status,
-            attempts=self._attempts,
+            attempts=answer.num_attempts,
+            resumes=answer.num_resumes,
             duration_s=now - self._started_at,
-            ttft_s=self._leg.ttft_s,
-            matched_tokens=placement.matched_tokens if placement is not None else None,
-            cached_tokens=self._leg.cached_tokens,
-            prompt_tokens=self._leg.prompt_tokens,
+            ttft_s=self._ttft_s,
+            matched_tokens=first.matched_tokens if first is not None else None,
+            cached_tokens=answer.cached_tokens,
+            prompt_tokens=answer.prompt_tokens,
         )
         try:
             if placement is not None:
-                has_pace = self._leg.sse is not None and not self._was_paused
-                num_events = self._leg.sse.num_events if self._leg.sse and has_pace else 0
+                if outcome is Outcome.CLIENT_GONE:
+                    placement.replica.health.left()
+                num_events = 0 if self._was_paused else self._num_events
                 service.placer.finish(placement, now, num_events)
         finally:
             service.ended(self, record)
@@ -408,26 +582,42 @@ def _outcome(status: int) -> Outcome:
     return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK
 
 
-def _int(headers: Headers, name: bytes) -> int | None:
-    """A token count that a replica states in a header, or None."""
+def _int(headers: Headers, name: bytes, max_digits: int) -> int | None:
+    """A number that a replica states in a header, or None."""
     value = get_header(headers, name)
-    return int(value) if value is not None and value.isdigit() and len(value) < 10 else None
+    if value is None or len(value) > max_digits or not value.removeprefix(b"-").isdigit():
+        return None
+    return int(value)
 
 
-def _openai_shaped(status: int, body: bytes, headers: Headers) -> bytes:
-    """`body` if it is a JSON error already, else its text in OpenAI's shape."""
+def _timeout_s(request: Request) -> float:
+    """Seconds that the client gives its request. BadRequestError if it is no positive number."""
+    value = get_header(request.headers, head.REQUEST_TIMEOUT)
+    if value is None:
+        return inf
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not (isfinite(seconds) and seconds > 0):
+        raise BadRequestError(f"{head.REQUEST_TIMEOUT.decode()} must be a positive number")
+    return seconds
+
+
+def _openai_shaped(status: int, body: bytes, headers: Headers) -> tuple[bytes, Headers]:
+    """The answer if it is a JSON error already, else its text in OpenAI's shape."""
     if get_header(headers, b"content-encoding") is not None:
-        return body  # compressed unasked: not ours to read
+        return body, headers  # compressed unasked: not ours to read
     try:
         decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         decoded = None
     if isinstance(decoded, dict) and "error" in decoded:
-        return body
+        return body, headers
     text = decoded.get("message") if isinstance(decoded, dict) else None
     if not isinstance(text, str):
         text = body.decode("utf-8", "replace").strip()[:500] or f"the replica answered {status}"
-    headers[:] = [(key, value) for key, value in headers if key != b"content-type"]
+    headers = [(key, value) for key, value in headers if key != b"content-type"]
     headers.append((b"content-type", b"application/json"))
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return error_body(text, kind, None, "upstream_status")
+    return error_body(text, kind, None, "upstream_status"), headers

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from random import Random
 from urllib.parse import unquote
 
 import msgspec
@@ -30,12 +31,15 @@ from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Answering, Downstream, Request
 from roost_router.http.exchange import Exchange, RequestRecord
 from roost_router.http.head import REQUEST_ID, get_header, response_head, valid_request_id
+from roost_router.http.known_heads import KnownHeads, read_known_request
 from roost_router.http.upstream import UpstreamPool
 from roost_router.metrics import RouterMetrics
 from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields
 from roost_router.placement import Placer
 
 _MODELS_PATH = "/v1/models"
+#: How often time is looked at, in seconds: half a second's limit is kept to a tenth.
+_SWEEP_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -48,18 +52,22 @@ class DataService:
         placer: Placer,
         metrics: RouterMetrics,
         now: Callable[[], float],
+        rng: Random,
     ) -> None:
         loop = asyncio.get_running_loop()
+        self.limits = config
+        self.rng = rng
         self.placer = placer
         self.metrics = metrics
         self.now = now
-        self.max_attempts = config.max_attempts
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False
+        self.heads = KnownHeads(read_known_request)
         self._connections: set[Downstream] = set()
         self._all_closed = asyncio.Event()
         self._exchanges: set[Exchange] = set()
         self._server: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
         self._pools = {
             replica.name: UpstreamPool(replica.url, loop, config.connect_timeout_s)
             for replica in placer.fleet.replicas
@@ -78,6 +86,14 @@ class DataService:
         """Accept clients on `sock`."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: Downstream(self), sock=sock, backlog=2048)
+        self.watch()
+
+    def watch(self) -> None:
+        """Look after time from now on: deadlines, stalled replicas."""
+        self._sweep = asyncio.get_running_loop().call_later(_SWEEP_S, self.watch)
+        now = self.now()
+        for exchange in [e for e in self._exchanges if e.is_due(now)]:
+            exchange.expire(now)
 
     async def drain(self, grace_s: float) -> None:
         """Stop accepting, let streams finish for up to `grace_s` seconds, close the rest."""
@@ -95,6 +111,8 @@ class DataService:
             connection.close()
         for pool in self._pools.values():
             pool.close()
+        if self._sweep is not None:
+            self._sweep.cancel()
 
     def opened(self, client: Downstream) -> None:
         """A client connected."""
@@ -139,6 +157,8 @@ class DataService:
         ]
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % error.retry_after_s))
+        if error.should_retry is not None:
+            headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
         if isinstance(error, MethodNotAllowedError):
             headers.append((b"allow", error.allowed.encode()))
         _send(client, request, error.status, headers, error.body())
@@ -173,7 +193,7 @@ class DataService:
     def _models(self, path: str) -> bytes:
         served = self.placer.fleet.models()
         entries = [
-            {"id": model, "object": "model", "created": 0, "owned_by": "roost"}
+            {"id": model, "object": "model", "created": 0, "owned_by": "roost-router"}
             for model in sorted(served)
         ]
         wanted = unquote(path.removeprefix(_MODELS_PATH).removeprefix("/"))

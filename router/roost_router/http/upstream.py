@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from roost_router.http.head import MAX_HEAD_BYTES, READ_BYTES, Headers
+from roost_router.http.head import MAX_HEAD_BYTES, READ_BYTES, Headers, ResponseHead
+from roost_router.http.known_heads import KnownHead, KnownHeads, read_known_response
 
 #: Idle connections kept to a replica; more than any burst's tail, few enough to be cheap.
 _MAX_IDLE = 128
@@ -51,7 +52,10 @@ class Upstream(asyncio.Protocol):
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._listener: Listener | None = None
-        self._parser: httptools.HttpResponseParser | None = None
+        self._parser: httptools.HttpResponseParser | None = None  # made when a head is not known
+        self._known: KnownHead[ResponseHead] | None = None  # the head of the answer before
+        self._body_left = 0  # bytes of a body that llhttp does not read
+        self._has_begun = False
         self._headers: Headers = []
         self._head_bytes = 0
         self._unread_head_bytes = 0
@@ -112,9 +116,58 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes from the replica."""
-        if self._listener is None or self._parser is None:
+        listener = self._listener
+        if listener is None:
             self.abandon()  # bytes that nobody asked for: the connection cannot be trusted
-            return
+        elif self._body_left:
+            self._read_body(listener, data)
+        elif self._has_begun:
+            self._parse(data)
+        else:
+            self._has_begun = True
+            found = self._find_known(data)
+            if found is None:
+                self._parse(data)
+                if self._is_complete or self._has_head:
+                    self._pool.heads.learn(data)
+                return
+            assert self._known is not None
+            start, self._body_left = found
+            self._has_head = self._has_length = self._may_keep = True
+            head = self._known.head
+            listener.on_head(head.status, head.headers)
+            self._read_body(listener, data[start:])
+
+    def _find_known(self, data: bytes) -> tuple[int, int] | None:
+        """Where the body starts and how long it is, if `data` begins with a known head."""
+        if self._known is not None:
+            found = self._known.match(data)
+            if found is not None:
+                return found
+        known = self._pool.heads.find(data)
+        if known is None:
+            return None
+        self._known = known
+        return known.match(data)
+
+    def _read_body(self, listener: Listener, data: bytes) -> None:
+        """Pass on the next bytes of a body of known length."""
+        if self._listener is not listener:
+            return  # it has left meanwhile
+        left = self._body_left
+        if len(data) > left:
+            self._has_excess = bool(data[left:].strip(b"\r\n"))  # llhttp forgives those
+            data = data[:left]
+        self._body_left = left - len(data)
+        if data:
+            listener.on_body(data)
+        if not self._body_left and self._listener is listener:
+            self._finish()
+
+    def _parse(self, data: bytes) -> None:
+        """Let llhttp read `data`."""
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
         head_was_pending = not self._has_head
         try:
             self._parser.feed_data(data)
@@ -159,7 +212,7 @@ class Upstream(asyncio.Protocol):
             name in {b"content-length", b"transfer-encoding"} for name, _ in self._headers
         )
         if self._listener is not None:
-            self._listener.on_head(status, self._headers)
+            self._listener.on_head(status, ResponseHead(status, self._headers).headers)
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
@@ -178,7 +231,6 @@ class Upstream(asyncio.Protocol):
     def _finish(self) -> None:
         keep = self._may_keep and not self._has_excess
         listener, self._listener = self._listener, None
-        self._parser = None
         if keep and self.is_open and listener is not None:
             self.resume()
             self._pool.keep(self)
@@ -188,8 +240,9 @@ class Upstream(asyncio.Protocol):
             listener.on_end()
 
     def _begin_answer(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self._headers = []
+        self._body_left = 0
+        self._has_begun = False
         self._head_bytes = self._unread_head_bytes = 0
         self._has_head = self._has_length = self._is_complete = self._has_excess = False
         self._may_keep = False
@@ -211,6 +264,7 @@ class UpstreamPool:
         self._connect_timeout_s = connect_timeout_s
         self._address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self.heads = KnownHeads(read_known_response)
         self.host = parts.netloc.encode()
         self.base_path = parts.path.rstrip("/").encode()
         self._idle: deque[Upstream] = deque()

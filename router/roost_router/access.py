@@ -1,0 +1,75 @@
+"""The files of keys as this process uses them: read at the start, read again on SIGHUP.
+
+Reading again changes all or nothing: a file that cannot be used is logged and the keys stay what
+they were, so that a slip in an editor locks nobody out and lets nobody in.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from roost_router.config import ConfigError, RouterConfig
+from roost_router.keys import KeyFileError, KeyRing, parse_keys
+
+_KEY = re.compile(r"[!-~]+")
+_log = logging.getLogger(__name__)
+
+
+class Access:
+    """Who may come in, and what the router shows replicas. None: no key is asked for."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Read all files of `config`. Raises ConfigError: file and line, never a key."""
+        self._config = config
+        self.api_keys: KeyRing | None
+        self.admin_keys: KeyRing | None
+        self.replica_key: str | None
+        self._read()
+
+    def replica_authorization(self) -> str | None:
+        """Value of the Authorization header of the router's own requests to replicas."""
+        return None if self.replica_key is None else f"Bearer {self.replica_key}"
+
+    def reload(self) -> None:
+        """Read the files again; keep what was if one of them cannot be used."""
+        try:
+            self._read()
+        except ConfigError as error:
+            _log.error("keys stay as they were: %s", error)
+        else:
+            _log.info("keys read again")
+
+    def _read(self) -> None:
+        config = self._config
+        api_keys, admin_keys = _keys(config.api_keys_file), _keys(config.admin_keys_file)
+        self.replica_key = _replica_key(config.replica_key_file)
+        self.api_keys, self.admin_keys = api_keys, admin_keys
+
+
+def _keys(path: Path | None) -> KeyRing | None:
+    if path is None:
+        return None
+    try:
+        return parse_keys(_text(path))
+    except KeyFileError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _replica_key(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    key = _text(path).strip()
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"{path}: a replica's key is one line of visible ASCII characters")
+    return key
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file") from None

@@ -1,0 +1,226 @@
+"""Read a stream of completion chunks as it passes: whole events out, what they say noted. Pure.
+
+    bytes of a leg --feed--> whole events to relay        an incomplete tail is held back
+                     └─────> Emitted, finish reasons, usage, [DONE], faults
+
+Only whole events leave, so that a stream which breaks off can be continued: what the client has
+ends where an event ends. Replicas write events whole; holding back costs nothing then.
+
+A *fault* is the end of what can be relayed of this leg: an error event, an event without end, or
+[DONE] before every choice has its finish_reason. None of it reaches the client; what to do
+instead is decided in phases.py.
+
+A stream whose events are not completion chunks is passed on event by event; nothing is known of
+it but [DONE], so it cannot be resumed.
+
+Cost: about 1.5 µs an event, O(bytes) however the stream is cut; memory is bounded by one event
+and by the text emitted.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from roost_router.answer.usage import Usage, decode_usage
+from roost_wire.resume import COMMENT_PREFIX, read_comment
+
+#: A longer event cuts the leg; it may carry logprobs, hence more than a text needs.
+MAX_EVENT_BYTES: Final = 1 << 20
+
+_EMPTY_RAW: Final = msgspec.Raw(b"")
+_NOTHING: Final = frozenset({b"", b"null", b"[]", b"{}", b'""'})
+_BETWEEN: Final = re.compile(rb"\r?\n\r?\n")
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    tool_calls: msgspec.Raw = _EMPTY_RAW
+    function_call: msgspec.Raw = _EMPTY_RAW
+    reasoning: msgspec.Raw = _EMPTY_RAW
+    reasoning_content: msgspec.Raw = _EMPTY_RAW
+    refusal: msgspec.Raw = _EMPTY_RAW
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: msgspec.Raw = _EMPTY_RAW
+    error: msgspec.Raw = _EMPTY_RAW
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+class Emitted:
+    """What the client has of a streamed answer, over all legs."""
+
+    def __init__(self) -> None:
+        self.first_chunk = b""  # JSON of the first chunk: id, created, model
+        self.num_chunks = 0  # that carried text: tokens, as a rule
+        self.text = bytearray()  # of choice 0, UTF-8
+        self.token_ids = bytearray()  # of choice 0, decimal, a space before each
+        self.is_plain_text = True  # only text so far: no tool calls, no reasoning
+        self.is_understood = True  # every event was a completion chunk
+        self.started: set[int] = set()  # choices that began
+        self.finished: set[int] = set()  # choices that have their finish_reason
+        self.has_usage = False  # the usage chunk was relayed
+        self.is_done = False  # [DONE] was relayed
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice that began has its finish_reason."""
+        return bool(self.finished) and self.started <= self.finished
+
+    def ids(self) -> list[int]:
+        """Token ids as the replica reported them. ValueError if they are not to be trusted."""
+        return read_comment(COMMENT_PREFIX + bytes(self.token_ids[1:])) if self.token_ids else []
+
+
+class EventReader:
+    """One leg's stream."""
+
+    def __init__(self, emitted: Emitted, *, reports_ids: bool) -> None:
+        """`reports_ids`: comments with token ids come (roost_wire/resume.py); they end here."""
+        self._emitted = emitted
+        self._reports_ids = reports_ids
+        self._tail = b""
+        self.num_events = 0  # that carried text
+        self.usage: Usage | None = None
+        self.fault: str | None = None  # why nothing more of this leg is relayed
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events among what has come, as they go to the client."""
+        if self.fault is not None or self._emitted.is_done:
+            return b""
+        if self._tail:
+            data = self._tail + data
+        end = _end_of_events(data)
+        self._tail = data[end:]
+        if len(self._tail) > MAX_EVENT_BYTES:
+            self.fault = f"the replica sent an event of more than {MAX_EVENT_BYTES} bytes"
+        if not end:
+            return b""
+        whole = data[:end]
+        if whole.find(b"\n\n") == end - 2:  # one event, the usual case
+            block = self._read(whole[:-2])
+            return whole if block is not None and len(block) == end - 2 else _closed(block)
+        blocks = [self._read(block) for block in _BETWEEN.split(whole) if block]
+        return b"".join(map(_closed, blocks))
+
+    def end(self) -> bytes:
+        """The stream is over: a last event may lack its blank line."""
+        self._tail = self._tail.rstrip(b"\r\n")
+        return self.feed(b"\n\n") if self._tail else b""
+
+    def _read(self, block: bytes) -> bytes | None:
+        """Note what an event says; the event as it is relayed, or None."""
+        if self.fault is not None or self._emitted.is_done:
+            return None
+        ids = b""
+        if self._reports_ids and block.startswith(COMMENT_PREFIX):
+            line, _, block = block.partition(b"\n")
+            ids = line[len(COMMENT_PREFIX) - 1 :].rstrip()
+        payload = (
+            block[6:] if block.startswith(b"data: ") and b"\n" not in block else data_of(block)
+        )
+        if payload is None:  # a comment, or another field
+            self._emitted.token_ids += ids
+            return block or None
+        if payload == b"[DONE]":
+            return block if self._may_end() else None
+        return block if self._note(payload, ids) else None
+
+    def _may_end(self) -> bool:
+        emitted = self._emitted
+        if emitted.is_understood and not emitted.is_finished:
+            self.fault = "the replica ended the stream without a finish_reason"
+            return False
+        emitted.is_done = True
+        return True
+
+    def _note(self, payload: bytes, ids: bytes) -> bool:
+        emitted = self._emitted
+        try:
+            chunk = _decode_chunk(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            emitted.is_understood = False
+            self.num_events += 1
+            return True
+        if chunk.error and bytes(chunk.error) not in _NOTHING:
+            self.fault = f"the replica reported an error: {_message(chunk.error)}"
+            return False
+        emitted.token_ids += ids
+        for choice in chunk.choices:
+            self._note_choice(choice)
+        if not emitted.first_chunk:
+            emitted.first_chunk = payload
+        if chunk.usage and bytes(chunk.usage) != b"null":
+            self.usage = decode_usage(bytes(chunk.usage)) or self.usage
+            emitted.has_usage |= not chunk.choices
+        return True
+
+    def _note_choice(self, choice: _Choice) -> None:
+        emitted, text, delta = self._emitted, choice.text, choice.delta
+        if delta is not None:
+            text = delta.content
+            if (
+                delta.tool_calls or delta.reasoning_content or delta.reasoning
+                or delta.function_call or delta.refusal
+            ) and _holds_more(delta):  # fmt: skip
+                emitted.is_plain_text = False
+                self.num_events += 1
+        emitted.started.add(choice.index)
+        if text:
+            emitted.num_chunks += 1
+            self.num_events += 1
+            emitted.text += text.encode("utf-8", "surrogatepass")
+        if choice.finish_reason is not None:
+            emitted.finished.add(choice.index)
+
+
+def data_of(block: bytes) -> bytes | None:
+    """The data of an event, its lines joined; None if it has none."""
+    lines = [line[5:].removeprefix(b" ") for line in block.splitlines() if line[:5] == b"data:"]
+    return b"\n".join(lines).strip() if lines else None
+
+
+def split_events(whole: bytes) -> list[bytes]:
+    """The blocks of whole events, without the blank lines between them."""
+    return [block for block in _BETWEEN.split(whole) if block]
+
+
+def _end_of_events(data: bytes) -> int:
+    """Where the last whole event ends; 0 if none does."""
+    end = data.rfind(b"\n\n") + 2
+    with_returns = data.rfind(b"\n\r\n") + 3
+    return max(end if end > 1 else 0, with_returns if with_returns > 2 else 0)
+
+
+def _closed(block: bytes | None) -> bytes:
+    return block + b"\n\n" if block is not None else b""
+
+
+def _holds_more(delta: _Delta) -> bool:
+    """Whether a delta holds anything but text."""
+    calls = (delta.tool_calls, delta.function_call)
+    texts = (delta.refusal, delta.reasoning, delta.reasoning_content)
+    return any(bytes(part) not in _NOTHING for part in (*calls, *texts))
+
+
+def _message(error: msgspec.Raw) -> str:
+    """What an error object says, at most 200 characters."""
+    try:
+        decoded = msgspec.json.decode(error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return "unreadable"
+    message = decoded.get("message") if isinstance(decoded, dict) else decoded
+    return str(message)[:200]
