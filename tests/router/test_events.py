@@ -58,7 +58,7 @@ def test_cuts_do_not_matter(cuts, separator):
     assert emitted.is_done
     assert emitted.is_finished
     assert emitted.text.decode() == "".join(TEXTS)
-    assert (emitted.num_chunks, reader.num_events) == (5, 5)
+    assert (emitted.num_tokens, reader.num_events) == (5, 5)
     assert reader.usage is not None
     assert (reader.usage.prompt_tokens, reader.usage.cached_tokens) == (9, 8)
 
@@ -178,8 +178,16 @@ def test_nothing_passes_after_done():
 def test_the_end_is_seen_without_a_space_and_without_a_blank_line():
     end = b"data: " + chunk(reason="stop") + b"\n\n"
     for tail in (b"data:[DONE]", b"data: [DONE]", b"data: [DONE]\r", b"\r\ndata: [DONE]\n"):
-        _, emitted, _ = read(end + tail)
+        relayed, emitted, _ = read(end + tail)
         assert emitted.is_done, tail
+        assert relayed.endswith(b"data: [DONE]\n\n")
+
+
+def test_half_an_event_at_the_end_is_dropped():
+    for tail in (b": roost 12 34", b'data: {"id":"x', b"data: " + chunk("b")):
+        relayed, emitted, _ = read(b"data: " + chunk("a") + b"\n\n" + tail, reports_ids=True)
+        assert relayed == b"data: " + chunk("a") + b"\n\n"
+        assert emitted.ids() == []
 
 
 def test_a_usage_that_is_not_one_is_none():

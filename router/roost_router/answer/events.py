@@ -65,7 +65,7 @@ class Emitted:
 
     def __init__(self) -> None:
         self.first_chunk = b""  # JSON of the first chunk: id, created, model
-        self.num_chunks = 0  # that carried text: tokens, as a rule
+        self.num_tokens = 0  # as reported; where none are, chunks with text are counted
         self.text = bytearray()  # of choice 0, UTF-8
         self.token_ids = bytearray()  # of choice 0, decimal, a space before each
         self.is_plain_text = True  # only text so far: no tool calls, no reasoning
@@ -76,9 +76,20 @@ class Emitted:
         self.is_done = False  # [DONE] was relayed
 
     @property
+    def has_begun(self) -> bool:
+        """Whether any event but comments was relayed."""
+        return bool(self.first_chunk) or not self.is_understood or self.is_done
+
+    @property
     def is_finished(self) -> bool:
         """Whether every choice that began has its finish_reason."""
         return bool(self.finished) and self.started <= self.finished
+
+    def add_ids(self, ids: bytes) -> None:
+        """Note reported ids, each with a space before it."""
+        if ids:
+            self.token_ids += ids
+            self.num_tokens += ids.count(b" ")
 
     def ids(self) -> list[int]:
         """Token ids as the replica reported them. ValueError if they are not to be trusted."""
@@ -117,9 +128,15 @@ class EventReader:
         return b"".join(map(_closed, blocks))
 
     def end(self) -> bytes:
-        """The stream is over: a last event may lack its blank line."""
-        self._tail = self._tail.rstrip(b"\r\n")
-        return self.feed(b"\n\n") if self._tail else b""
+        """The stream is over: only [DONE] may lack its blank line.
+
+        Half of any other event cannot be told from a whole one; it is dropped, as the WHATWG's
+        specification of server-sent events asks.
+        """
+        if data_of(self._tail) != b"[DONE]":
+            return b""
+        self._tail = b"data: [DONE]"
+        return self.feed(b"\n\n")
 
     def _read(self, block: bytes) -> bytes | None:
         """Note what an event says; the event as it is relayed, or None."""
@@ -133,7 +150,7 @@ class EventReader:
             block[6:] if block.startswith(b"data: ") and b"\n" not in block else data_of(block)
         )
         if payload is None:  # a comment, or another field
-            self._emitted.token_ids += ids
+            self._emitted.add_ids(ids)
             return block or None
         if payload == b"[DONE]":
             return block if self._may_end() else None
@@ -158,7 +175,7 @@ class EventReader:
         if chunk.error and bytes(chunk.error) not in _NOTHING:
             self.fault = f"the replica reported an error: {_message(chunk.error)}"
             return False
-        emitted.token_ids += ids
+        emitted.add_ids(ids)
         for choice in chunk.choices:
             self._note_choice(choice)
         if not emitted.first_chunk:
@@ -180,7 +197,7 @@ class EventReader:
                 self.num_events += 1
         emitted.started.add(choice.index)
         if text:
-            emitted.num_chunks += 1
+            emitted.num_tokens += not self._reports_ids
             self.num_events += 1
             emitted.text += text.encode("utf-8", "surrogatepass")
         if choice.finish_reason is not None:

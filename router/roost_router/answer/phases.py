@@ -44,6 +44,9 @@ from roost_router.answer.usage import Usage, read_usage
 #: A non-streamed answer up to this size is held until it is complete.
 MAX_HELD_BYTES: Final = 4 << 20
 
+#: Comments held back until the first event; more are a way to stay alive, not an answer.
+_MAX_COMMENT_BYTES: Final = 4 << 10
+
 _RETRYABLE: Final = frozenset({429, 500, 502, 503, 504})
 
 
@@ -107,7 +110,7 @@ class Answer:
         self._body = body
         self._limits = limits
         self._budget = budget
-        self._deadline = deadline
+        self.deadline = deadline
         self._emitted = Emitted()
         self._seed: int | None = None  # while every leg reports its token ids
         self._asked: Asked | None = None
@@ -118,6 +121,7 @@ class Answer:
         self.reader: EventReader | None = None
         self.held: list[bytes] = []
         self._held_bytes = 0
+        self._comments = b""  # that came before the first event
         self._continuation: Continuation | None = None
 
     # a leg's life
@@ -221,7 +225,7 @@ class Answer:
         """Kinds of servers that could continue, best first; None: any."""
         if self._seed is not None:
             return frozenset({EXACT_DIALECT}), TEXT_DIALECTS
-        is_empty = not self._emitted.num_chunks and self._emitted.is_plain_text
+        is_empty = not self._emitted.text and self._emitted.is_plain_text
         return (None,) if is_empty else (TEXT_DIALECTS,)
 
     def next_body(self, dialect: str) -> bytes | None:
@@ -236,11 +240,11 @@ class Answer:
             raise CannotResumeError("an answer of several choices cannot be continued")
         if self._seed is not None and dialect == EXACT_DIALECT:
             return exact_body(self._body, self._emitted, self._seed)
-        if not self._emitted.num_chunks and self._emitted.is_plain_text:
+        if not self._emitted.text and self._emitted.is_plain_text:
             return self._body  # only the role was sent
         if dialect not in TEXT_DIALECTS:
             raise CannotResumeError(f"a server of '{dialect or 'unknown'}' cannot continue a text")
-        if asked.max_tokens is not None and asked.max_tokens <= self._emitted.num_chunks:
+        if asked.max_tokens is not None and asked.max_tokens <= self._emitted.num_tokens:
             return None
         return text_body(asked, self._emitted)
 
@@ -251,6 +255,7 @@ class Answer:
         reason = "length" if is_exhausted else None
         return closing_events(
             self._emitted, self.asked(), self.prompt_tokens, self.cached_tokens,
+            is_counted=self._seed is not None,
             finish_reason=reason,
         )  # fmt: skip
 
@@ -266,7 +271,13 @@ class Answer:
         if self._continuation is not None:
             return self._continuation.rewrite(events)
         if self.phase is Phase.HEAD:
+            if not self._emitted.has_begun:  # comments only: no reason to be bound to this leg
+                self._comments += events
+                if len(self._comments) > _MAX_COMMENT_BYTES:
+                    self._comments = b""
+                return b""
             self.phase = Phase.STREAMING
+            events = self._comments + events
         return events
 
     def _is_finished(self) -> bool:
@@ -274,13 +285,13 @@ class Answer:
         return emitted.is_finished and len(emitted.finished) >= self.asked().num_choices
 
     def _may_resume(self, now: float) -> bool:
-        if self.num_resumes >= self._limits.max_resumes or now >= self._deadline:
+        if self.num_resumes >= self._limits.max_resumes or now >= self.deadline:
             return False
         self.num_resumes += 1
         return True
 
     def _may_try(self, now: float) -> bool:
-        if self.num_attempts >= self._limits.max_attempts or now >= self._deadline:
+        if self.num_attempts >= self._limits.max_attempts or now >= self.deadline:
             return False
         self.budget_is_spent = not self._budget.try_withdraw(now)
         return not self.budget_is_spent

@@ -96,9 +96,9 @@ def text_body(asked: Asked, emitted: Emitted) -> bytes:
         raise CannotResumeError("a prompt of token ids cannot be continued by text")
     for name in _LIMITS:
         if isinstance(fields.get(name), int):
-            fields[name] -= emitted.num_chunks
+            fields[name] -= emitted.num_tokens
     if isinstance(fields.get("min_tokens"), int):
-        fields["min_tokens"] = max(0, fields["min_tokens"] - emitted.num_chunks)
+        fields["min_tokens"] = max(0, fields["min_tokens"] - emitted.num_tokens)
     return msgspec.json.encode(fields)
 
 
@@ -110,7 +110,7 @@ class Continuation:
         first = _first_chunk(emitted)
         self._same = {name: first[name] for name in _SAME if name in first}
         self._is_first = not emitted.first_chunk
-        self._earlier_tokens = 0 if is_exact else emitted.num_chunks
+        self._earlier_tokens = 0 if is_exact else emitted.num_tokens
         self._cached_tokens = cached_tokens
 
     def rewrite(self, events: bytes) -> bytes:
@@ -149,10 +149,19 @@ class Continuation:
         )
 
 
-def closing_events(emitted: Emitted, asked: Asked, prompt_tokens: int | None, cached: int | None,
-                   *, finish_reason: str | None = None) -> bytes:  # fmt: skip
+def closing_events(
+    emitted: Emitted,
+    asked: Asked,
+    prompt_tokens: int | None,
+    cached: int | None,
+    *,
+    is_counted: bool,
+    finish_reason: str | None = None,
+) -> bytes:
     """What a stream lacks after its last finish_reason: usage, if asked for and known, [DONE].
 
+    `is_counted`: every token was reported. Else the usage is left out: chunks are no tokens where
+    an engine puts several into one, and a wrong number would be billed.
     `finish_reason`: sent first, where generation had nothing left to do.
     """
     events, first = [], _first_chunk(emitted)
@@ -162,9 +171,8 @@ def closing_events(emitted: Emitted, asked: Asked, prompt_tokens: int | None, ca
         text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         choice = {"index": 0, **text, "finish_reason": finish_reason}
         events.append(msgspec.json.encode({**base, "choices": [choice]}))
-    if asked.wants_usage and not emitted.has_usage and prompt_tokens is not None:
-        num_ids = emitted.token_ids.count(b" ") or emitted.num_chunks
-        usage = usage_object(prompt_tokens, num_ids, cached)
+    if asked.wants_usage and not emitted.has_usage and prompt_tokens is not None and is_counted:
+        usage = usage_object(prompt_tokens, emitted.num_tokens, cached)
         events.append(msgspec.json.encode({**base, "choices": [], "usage": usage}))
     events.append(b"[DONE]")
     return b"".join(b"data: " + event + b"\n\n" for event in events)

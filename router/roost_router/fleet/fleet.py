@@ -23,17 +23,16 @@ from roost_router.fleet.health import Circuit, Health
 from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
 from roost_router.fleet.retry_budget import RetryBudget
 from roost_router.index.prefix_index import PrefixIndex
-from roost_router.index.text_chain import TEXT_BLOCK_BYTES
 from roost_wire.load_report import LoadReport
 
 #: KV capacity assumed of a replica that does not report one.
 DEFAULT_KV_CAPACITY_TOKENS = 262_144
 #: English text in a 32k to 150k vocabulary; traffic corrects it.
 PRIOR_BYTES_PER_TOKEN = 4.0
-_DEFAULT_BLOCKS = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN) // TEXT_BLOCK_BYTES
+_DEFAULT_BYTES = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN)
 #: With a larger share of the replicas ejected, none counts as ejected.
 PANIC_SHARE = 0.5
-#: Capacity in blocks is set anew only when it moved by more than this share.
+#: Capacity in bytes is set anew only when it moved by more than this share.
 _RESIZE_SHARE = 0.05
 
 
@@ -45,7 +44,7 @@ class Fleet:
         self._bytes_per_token: dict[str, float] = {}  # by model
         self._budgets: dict[str, RetryBudget] = {}  # by model
         self.replicas = [
-            Replica(f"r{number}", url, index.open_holder(_DEFAULT_BLOCKS))
+            Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
             for number, url in enumerate(urls)
         ]
 
@@ -106,12 +105,9 @@ class Fleet:
             raise ModelNotFoundError(model, sorted(known))
         raise NoReplicaError(model, tried=len(tried))
 
-    def has_fresh(self, model: str, tried: frozenset[str], now: float) -> bool:
-        """Whether a replica not named in `tried` takes requests for `model`. O(replicas)."""
-        return any(
-            r.is_up and model in r.models and r.name not in tried and r.health.takes_requests(now)
-            for r in self.replicas
-        )
+    def has_fresh(self, model: str, tried: frozenset[str]) -> bool:
+        """Whether a replica for `model` is up that is not named in `tried`. O(replicas)."""
+        return any(r.is_up and model in r.models and r.name not in tried for r in self.replicas)
 
     def prefill_tokens_per_s(self, replica: Replica) -> float:
         """Fitted speed; before the first fit the fleet's median.
@@ -177,7 +173,7 @@ class Fleet:
         return self._bytes_per_token.get(model, PRIOR_BYTES_PER_TOKEN)
 
     def set_bytes_per_token(self, model: str, bytes_per_token: float) -> None:
-        """Prompts of `model` turned out to be that dense: capacities in blocks follow."""
+        """Prompts of `model` turned out to be that dense: capacities in bytes follow."""
         self._bytes_per_token[model] = bytes_per_token
         for replica in self.replicas:
             if model in replica.models:
@@ -185,16 +181,16 @@ class Fleet:
 
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
-        replica.holder = self._index.open_holder(self._blocks(replica))
+        replica.holder = self._index.open_holder(self._capacity_bytes(replica))
 
     def _resize(self, replica: Replica) -> None:
-        blocks = self._blocks(replica)
-        before = self._index.capacity_blocks(replica.holder)
-        if abs(blocks - before) > _RESIZE_SHARE * before:
-            self._index.set_capacity(replica.holder, blocks)
+        capacity = self._capacity_bytes(replica)
+        before = self._index.capacity_bytes(replica.holder)
+        if abs(capacity - before) > _RESIZE_SHARE * before:
+            self._index.set_capacity(replica.holder, capacity)
 
-    def _blocks(self, replica: Replica) -> int:
-        """Text blocks that the replica's KV cache holds, by the density of its first model."""
+    def _capacity_bytes(self, replica: Replica) -> int:
+        """Bytes of prompts that the replica's KV cache holds, by its first model's density."""
         tokens = replica.kv_capacity_tokens or DEFAULT_KV_CAPACITY_TOKENS
         model = replica.models[0] if replica.models else ""
-        return max(1, int(tokens * self.bytes_per_token(model)) // TEXT_BLOCK_BYTES)
+        return int(tokens * self.bytes_per_token(model))
