@@ -36,7 +36,7 @@ KEEPING = [
     (Encoding.BF16, Format.BF16),
     *((encoding, Format.F32) for encoding in Encoding),
 ]
-N, K = 40, 96  # not a multiple of a tile, nor of two panels
+N, K = 104, 96  # six panels and a half: tiles of four, two and one
 
 
 def stored(encoding: Encoding, n: int = N, k: int = K) -> tuple[np.ndarray, np.ndarray]:

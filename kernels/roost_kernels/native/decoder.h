@@ -121,7 +121,7 @@ class Decoder {
     normed_ = Memory(rows * hidden * 4);
     wide_ = Memory(rows * widest * 4);
     rounded_ = Memory(rows * widest * 2);
-    sums_ = Memory(rows * (widest / kGroup + 1) * 4);
+    sums_ = Memory(rows * (widest / kGroup + 1) * sizeof(GroupSum));
     qkv_ = Memory(rows * qkv_width_ * 4);
     const size_t positions = (config.num_positions + 2 * kRun) / kRun * kRun;
     for (int i = 0; i < num_threads; i++)
@@ -268,15 +268,14 @@ class Decoder {
     bf16* out = rounded_.as<bf16>() + static_cast<size_t>(row) * k;
     for (int i = 0; i < k; i += kLanes) store_bf16(out + i, load(x + i));
     if (matrix.format != Format::INT4) return;
-    float* sums = sums_.as<float>() + static_cast<size_t>(row) * (k / kGroup);
-    for (int g = 0; g < k / kGroup; g++)
-      sums[g] = sum(add(load_bf16(out + g * kGroup), load_bf16(out + g * kGroup + kLanes)));
+    GroupSum* sums = sums_.as<GroupSum>() + static_cast<size_t>(row) * (k / kGroup);
+    for (int g = 0; g < k / kGroup; g++) sums[g] = sum_group(out + g * kGroup);
   }
 
   // Product of the rows that `prepare` left; `x` are the same rows before it.
   void product(int share, int thread, const Matrix& w, const float* x, int num_rows,
                const Output& out) {
-    const Activations rows{x, rounded_.as<bf16>(), sums_.as<float>(), w.k};
+    const Activations rows{x, rounded_.as<bf16>(), sums_.as<GroupSum>(), w.k};
     const int num_panels = w.num_panels();
     // Four panels at a time, or two where that divides the work more evenly.
     const int unit = num_panels / 4 % team_.size() == 0 || num_panels > 64 * team_.size() ? 4 : 2;

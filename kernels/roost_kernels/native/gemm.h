@@ -4,22 +4,37 @@
 //
 // Row invariance: whatever number of rows is computed together, out[m][n] is one chain of the same
 // operations over k in the same order, in one accumulator (INT8 and INT4: one per group of 32 and
-// one over the groups). So a row's result is the same alone, in a batch and in any chunk. This
-// is why a matrix has one kernel for all sizes, and k is never split between threads.
+// one over the groups; INT4's of a group starts at `GroupSum::unbias`). So a row's result is the
+// same alone, in a batch and in any chunk. This is why a matrix has one kernel for all sizes, and
+// k is never split between threads.
 //
 // A tile is `rows` x `panels` accumulators that stay in registers. Few rows take several panels at
 // once, because a single chain of dependent additions would not keep up with memory.
 #pragma once
 
+#include <algorithm>
+
 #include "weights.h"
 
 namespace roost {
 
+// Of 32 activations: their sum, and what takes off the bias that nibbles have as pairs. Both kept,
+// because a tile that derived one from the other would hold them in registers that it lacks.
+struct GroupSum {
+  float sum;
+  float unbias;  // -kNibbleBias * sum
+};
+
+ROOST_INLINE GroupSum sum_group(const bf16* x) {
+  const float total = sum(add(load_bf16(x), load_bf16(x + kLanes)));
+  return {total, -kNibbleBias * total};
+}
+
 // Rows of activations in the forms that the formats read.
 struct Activations {
-  const float* f32;    // (rows, k); Format::F32
-  const bf16* b16;     // (rows, k); the others
-  const float* sums;   // (rows, k / 32), sums of b16 over groups; Format::INT4
+  const float* f32;      // (rows, k); Format::F32
+  const bf16* b16;       // (rows, k); the others
+  const GroupSum* sums;  // (rows, k / 32), of b16; Format::INT4
   int k;
 };
 
@@ -109,11 +124,15 @@ struct Tile {
       const uint8_t* group[kPanels];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; p++) group[p] = weights[p] + g * kBytes;
+      const GroupSum* sums = x.sums + static_cast<size_t>(row) * num_groups + g;
       Floats part[kRows][kPanels];
 #pragma GCC unroll 12
-      for (int m = 0; m < kRows; m++)
+      for (int m = 0; m < kRows; m++) {
+        const bool is_biased = kFormat == Format::INT4 && kNibbleBias != 0;
+        const Floats first = splat(is_biased ? sums[m * num_groups].unbias : 0.f);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; p++) part[m][p] = splat(0.f);
+        for (int p = 0; p < kPanels; p++) part[m][p] = first;
+      }
       if constexpr (kFormat == Format::INT8) {
         for (int i = 0; i < kGroup; i += 2) {
           Pairs w[kPanels];
@@ -136,15 +155,14 @@ struct Tile {
       }
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; p++) {
-        const Floats scale = load_half(reinterpret_cast<const half*>(group[p]));
+        const Floats scale = load_half(reinterpret_cast<const half*>(read(group[p])));
 #pragma GCC unroll 12
         for (int m = 0; m < kRows; m++) acc[m][p] = fma(part[m][p], scale, acc[m][p]);
         if constexpr (kFormat == Format::INT4) {
           const Floats minimum = load_half(reinterpret_cast<const half*>(group[p] + 32));
-          const float* sums = x.sums + static_cast<size_t>(row) * num_groups + g;
 #pragma GCC unroll 12
           for (int m = 0; m < kRows; m++)
-            acc[m][p] = fma(minimum, splat(sums[m * num_groups]), acc[m][p]);
+            acc[m][p] = fma(minimum, splat(sums[m * num_groups].sum), acc[m][p]);
         }
       }
     }
@@ -223,6 +241,18 @@ struct Output {
   }
 };
 
+// Rows row .. row + kRows - 1 times as many of the panels as are whole tiles; the first one left.
+template <Format kFormat, int kRows, int kPanels>
+ROOST_INLINE int multiply_tiles(const Matrix& w, int panel, int end_panel, const Activations& x,
+                                int row, size_t ahead, const Output& out) {
+  for (; panel + kPanels <= end_panel; panel += kPanels) {
+    Tile<kFormat, kRows, kPanels> tile;
+    tile.compute(w, panel, x, row, ahead);
+    out.put<kRows, kPanels>(row, panel, tile.acc);
+  }
+  return panel;
+}
+
 template <Format kFormat, int kRows>
 inline void multiply_rows(const Matrix& w, int panel, int end_panel, const Activations& x, int row,
                           bool is_only_tile, const Output& out) {
@@ -230,19 +260,13 @@ inline void multiply_rows(const Matrix& w, int panel, int end_panel, const Activ
   const size_t stride = panel_bytes(kFormat, w.k);
   // One tile of rows: the next tile of panels. Several: they share these panels, and what is
   // wanted from memory meanwhile are the panels that come after all of them.
-  const size_t ahead = stride * (is_only_tile ? kPanels : end_panel - panel);
-  for (; panel + kPanels <= end_panel; panel += kPanels) {
-    Tile<kFormat, kRows, kPanels> tile;
-    tile.compute(w, panel, x, row, ahead);
-    out.put<kRows, kPanels>(row, panel, tile.acc);
-  }
-  if constexpr (kPanels > 1) {
-    for (; panel < end_panel; panel++) {
-      Tile<kFormat, kRows, 1> tile;
-      tile.compute(w, panel, x, row, ahead);
-      out.put<kRows, 1>(row, panel, tile.acc);
-    }
-  }
+  const int panels_ahead = is_only_tile ? std::min(kPanels, end_panel - panel) : end_panel - panel;
+  const size_t ahead = stride * panels_ahead;
+  panel = multiply_tiles<kFormat, kRows, kPanels>(w, panel, end_panel, x, row, ahead, out);
+  if constexpr (kPanels > 2)
+    panel = multiply_tiles<kFormat, kRows, 2>(w, panel, end_panel, x, row, ahead, out);
+  if constexpr (kPanels > 1)
+    multiply_tiles<kFormat, kRows, 1>(w, panel, end_panel, x, row, ahead, out);
 }
 
 // Rows first .. end - 1 times panels panel .. end_panel - 1.

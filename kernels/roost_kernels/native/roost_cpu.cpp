@@ -64,10 +64,9 @@ void roost_decode_rows(const uint8_t* const* rows, int n, int k, Encoding encodi
 void roost_multiply(const Matrix* w, const float* x, int num_rows, float* out, int out_width) {
   const int k = w->k;
   std::vector<bf16> rounded(static_cast<size_t>(num_rows) * k);
-  std::vector<float> sums(static_cast<size_t>(num_rows) * (k / kGroup));
+  std::vector<GroupSum> sums(static_cast<size_t>(num_rows) * (k / kGroup));
   for (size_t i = 0; i < rounded.size(); i++) rounded[i] = to_bf16(x[i]);
-  for (size_t i = 0; i < sums.size(); i++)
-    sums[i] = sum(add(load_bf16(&rounded[i * kGroup]), load_bf16(&rounded[i * kGroup + kLanes])));
+  for (size_t i = 0; i < sums.size(); i++) sums[i] = sum_group(&rounded[i * kGroup]);
   multiply(*w, 0, w->num_panels(), {x, rounded.data(), sums.data(), k}, 0, num_rows,
            {Output::Kind::kStore, out, out_width, nullptr, false});
 }

@@ -319,21 +319,19 @@ ROOST_INLINE Pairs pairs_of_int8(const int8_t* p) {
                              _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
 }
 
-// Four groups of 32 nibbles in 64 bytes: group i is bits 4i .. 4i + 3 of each 16-bit lane. The
-// table is looked up by the low five bits of a lane; its halves are equal, so that the fifth,
-// which belongs to the next group, does not matter.
+// Four times 32 nibbles in 64 bytes: pair `step` of a 32-bit lane is bits 4 * step .. + 3 and
+// 16 + 4 * step .. + 3 of the lane rotated right by 3. Here a nibble q becomes the bf16 16 + q, by
+// its place in the mantissa of 16.0: one operation on any port, where a table takes a shuffle.
 struct Nibbles {
   __m512i packed;
 };
+constexpr float kNibbleBias = 16.f;
 ROOST_INLINE Nibbles load_nibbles(const void* p) { return {_mm512_loadu_si512(p)}; }
-template <int kGroup>
+template <int kStep>
 ROOST_INLINE Pairs pairs_of_nibbles(Nibbles n) {
-  // bf16 of 0 .. 15, twice
-  const __m512i table = _mm512_set_epi32(
-      0x41704160, 0x41504140, 0x41304120, 0x41104100, 0x40e040c0, 0x40a04080, 0x40404000,
-      0x3f800000, 0x41704160, 0x41504140, 0x41304120, 0x41104100, 0x40e040c0, 0x40a04080,
-      0x40404000, 0x3f800000);
-  return (Pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(n.packed, 4 * kGroup), table);
+  const __m512i in_place = kStep == 0 ? n.packed : _mm512_ror_epi32(n.packed, 4 * kStep);
+  return (Pairs)_mm512_ternarylogic_epi32(in_place, _mm512_set1_epi16(0x0078),
+                                          _mm512_set1_epi16(0x4180), 0xea);  // (a & b) | c
 }
 
 ROOST_INLINE Floats dot2(Floats acc, Pairs w, const bf16* x) {
@@ -377,17 +375,19 @@ ROOST_INLINE Pairs pairs_of_int8(const int8_t* p) {
 struct Nibbles {
   uint32_t packed[kLanes];
 };
+constexpr float kNibbleBias = 0.f;
 ROOST_INLINE Nibbles load_nibbles(const void* p) {
   Nibbles n;
   memcpy(n.packed, p, sizeof n.packed);
+  for (int i = 0; i < kLanes; i++) n.packed[i] = n.packed[i] >> 3 | n.packed[i] << 29;
   return n;
 }
-template <int kGroup>
+template <int kStep>
 ROOST_INLINE Pairs pairs_of_nibbles(const Nibbles& n) {
   float even[kLanes], odd[kLanes];
   for (int i = 0; i < kLanes; i++) {
-    even[i] = static_cast<float>(n.packed[i] >> 4 * kGroup & 15);
-    odd[i] = static_cast<float>(n.packed[i] >> (16 + 4 * kGroup) & 15);
+    even[i] = static_cast<float>(n.packed[i] >> 4 * kStep & 15);
+    odd[i] = static_cast<float>(n.packed[i] >> (16 + 4 * kStep) & 15);
   }
   return {load(even), load(odd)};
 }

@@ -15,6 +15,8 @@
 // and BF16 only. N is padded to whole panels with zeros.
 #pragma once
 
+#include <bit>
+
 #include "simd.h"
 
 namespace roost {
@@ -174,13 +176,13 @@ inline bool pack_panel(Format format, const Encoding* encodings, const uint8_t* 
           put_half(base, column, to_half(group.scale));
           put_half(base + 32, column, minimum);
           for (int i = 0; i < kGroup; i++) {
-            // quarter z of the group, nibble group j, pair member i % 2
+            // quarter z of the group, step j of it, pair member i % 2; where `Nibbles` has them
             const int z = i / 8, j = i / 2 % 4;
-            uint8_t* lane = base + 64 + 64 * z + (column * 2 + i % 2) * 2;
-            uint16_t bits;
-            memcpy(&bits, lane, 2);
-            bits |= static_cast<uint16_t>(group.q[i] << 4 * j);
-            memcpy(lane, &bits, 2);
+            uint8_t* lane = base + 64 + 64 * z + column * 4;
+            uint32_t bits;
+            memcpy(&bits, lane, 4);
+            bits |= std::rotl(uint32_t{group.q[i]}, 16 * (i % 2) + 4 * j + 3);
+            memcpy(lane, &bits, 4);
           }
         }
         break;
