@@ -314,6 +314,7 @@ class EngineCore:
             [_edit(request) for request in requests],
             self._draw,
         )
+        _settle(requests, tokens)
         logprobs = _logprobs(rows, requests, tokens)
         outputs = [self._end_early(output) for output in self.scheduler.update(step, tokens)]
         if outputs:
@@ -340,6 +341,14 @@ class EngineCore:
             self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:  # the loop was closed under us, so nobody listens any more
             self._should_stop = True
+
+
+def _settle(requests: Sequence[Request], tokens: list[int | None]) -> None:
+    """Put what continued answers still owe in place of what was sampled."""
+    for row, request in enumerate(requests):
+        sampled = tokens[row]
+        if request.owed_ids and sampled is not None:
+            tokens[row] = request.settle(sampled)
 
 
 def _edit(request: Request) -> RowEdit | None:

@@ -6,6 +6,9 @@ Rendering and encoding of long prompts happen in a worker thread: 16 KB cost abo
 no other stream should wait for. So does compiling a grammar. What cannot fit the context whatever
 its tokens are is refused before either.
 
+An answer that began on another replica is continued: its tokens so far go to the transcript, which
+shows nothing of them again, and to the engine request, whose output they are.
+
 Choices of a request are requests of the engine like any others, submitted all or none; that they
 share a prompt is found by the prefix cache.
 
@@ -39,11 +42,14 @@ from roost_engine.request import Request
 from roost_engine.structured_api import check_size
 from roost_engine.tool_calls import explain_tools, tool_grammar
 from roost_engine.tool_parser import tool_parser
+from roost_engine.transcript import Transcript
+from roost_wire.resume import FIELD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from roost_engine.chat import ChatTemplate
+    from roost_engine.chat_api import ToolUse
     from roost_engine.core import EngineCore
     from roost_engine.grammar import GrammarState
     from roost_engine.metrics import EngineMetrics
@@ -51,11 +57,14 @@ if TYPE_CHECKING:
     from roost_engine.request import SamplingParams
     from roost_engine.tokenize_api import DetokenizeRequest, TokenizeRequest
     from roost_engine.tokenizer import Tokenizer
+    from roost_engine.tool_parser import ToolParser
 
 _T = TypeVar("_T")
 
 # Characters above which a prompt is encoded in a worker thread; below it the hop costs more.
 _LONG_PROMPT_CHARACTERS = 4096
+# Tokens of an answer above which it is replayed in one.
+_LONG_REPLAY_TOKENS = 1024
 
 
 class Frontend:
@@ -112,14 +121,20 @@ class Frontend:
                 check_context(asked, fewest_tokens, self.max_model_len, is_exact=False)  # refuses
         prompts = [await self._encode(prompt) for prompt in asked.prompts]
         limits = [check_context(asked, len(ids), self.max_model_len) for ids in prompts]
+        output_ids = self._resumed_ids(asked, limits)
         grammars = await self._compile(asked)
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        requests = []
+        seed = _seed(asked)
+        requests: list[Request] = []
+        transcripts: list[Transcript] = []
         for index in range(asked.num_choices):
             prompt_index = index // asked.n
             sampling = msgspec.structs.replace(
                 asked.sampling, max_tokens=limits[prompt_index], seed=seed + index
             )
+            grammar = grammars[index]
+            transcript = Transcript(self._tokenizer, sampling, self._tools(asked))
+            num_owed = await self._replay(transcript, output_ids, has_grammar=grammar is not None)
+            transcripts.append(transcript)
             requests.append(
                 Request(
                     f"{request_id}-{index}",
@@ -128,10 +143,12 @@ class Frontend:
                     arrival_s,
                     priority=asked.priority,
                     deadline_s=None if timeout_s is None else arrival_s + timeout_s,
-                    rules=row_rules(sampling, self._end_ids(sampling), grammars[index]),
+                    rules=row_rules(sampling, self._end_ids(sampling), grammar),
+                    output_ids=output_ids,
+                    num_owed=num_owed,
                 )
             )
-        return self._submit(requests, asked)
+        return self._submit(requests, transcripts, asked.n)
 
     async def tokenize(self, asked: TokenizeRequest) -> tuple[list[int], list[str] | None]:
         """Token ids, and their entries in the vocabulary if they were asked for. ApiError."""
@@ -156,18 +173,47 @@ class Frontend:
         self._check_vocabulary("tokens", asked.tokens)
         return b"".join(map(self._tokenizer.spelled_bytes, asked.tokens)).decode(errors="replace")
 
-    def _submit(self, requests: list[Request], asked: ApiRequest) -> Generations:
+    def _submit(
+        self, requests: list[Request], transcripts: list[Transcript], n: int
+    ) -> Generations:
         """All requests or none."""
         self.core.check_accepts(len(requests))
         choices: list[Generation] = []
-        use = asked.tool_use
-        for request in requests:
-            parser = None if use is None else tool_parser(self._chat.tool_format, use)
-            tools = None if use is None or parser is None else (use, parser)
+        for request, transcript in zip(requests, transcripts, strict=True):
             stream = self.core.submit(request)
             times = self.metrics.start_request(request.arrival_s)
-            choices.append(Generation(self.core, stream, self._tokenizer, times, tools))
-        return Generations(choices, asked.n)
+            choices.append(Generation(self.core, stream, transcript, times))
+        return Generations(choices, n)
+
+    def _tools(self, asked: ApiRequest) -> tuple[ToolUse, ToolParser] | None:
+        use = asked.tool_use
+        return None if use is None else (use, tool_parser(self._chat.tool_format, use))
+
+    def _resumed_ids(self, asked: ApiRequest, limits: list[int]) -> list[int]:
+        """What was generated elsewhere. ApiError if it cannot be part of this answer."""
+        if asked.resume is None:
+            return []
+        token_ids = asked.resume.token_ids
+        self._check_vocabulary(FIELD, token_ids)
+        if len(token_ids) > limits[0]:
+            raise invalid(
+                FIELD, f"{FIELD!r} has {len(token_ids)} tokens, the answer {limits[0]} at most."
+            )
+        return token_ids
+
+    async def _replay(
+        self, transcript: Transcript, output_ids: list[int], *, has_grammar: bool
+    ) -> int:
+        """How many of the last tokens the engine owes; see transcript.py."""
+        if not output_ids:
+            return 0
+        try:
+            return await self._run(
+                len(output_ids) > _LONG_REPLAY_TOKENS,
+                lambda: transcript.replay(output_ids, has_grammar=has_grammar),
+            )
+        except ValueError as error:
+            raise invalid(FIELD, f"{FIELD!r} is no part of an answer: {error}.") from None
 
     def _end_ids(self, sampling: SamplingParams) -> frozenset[int]:
         """Tokens that end the answer."""
@@ -242,3 +288,10 @@ class Frontend:
             raise invalid(
                 param, f"Token id {largest} is not in the vocabulary of {self._vocab_size}."
             )
+
+
+def _seed(asked: ApiRequest) -> int:
+    """What tokens are drawn with: as it was where the answer began, else as the client said."""
+    if asked.resume is not None:
+        return asked.resume.seed
+    return secrets.randbits(63) if asked.seed is None else asked.seed

@@ -7,6 +7,8 @@ Choices: a body asks for `n` answers to each of its prompts. Choice `index` of t
 `index // n`, and samples with `seed + index`: the first choice is what the request gives without
 `n`, and every choice can be had again alone.
 
+`roost_resume` continues an answer that another replica began (roost_wire/resume.py).
+
 Errors are ApiError, which knows its status and its body; `param` is the path of the offender,
 such as `messages[0].content`.
 
@@ -34,6 +36,7 @@ from roost_engine.sampling_api import (
     read_sampling,
 )
 from roost_engine.structured_api import GrammarSpec, StructuredFields, read_structured
+from roost_wire.resume import FIELD, Resume
 
 Endpoint = Literal["chat", "completion"]
 
@@ -79,6 +82,7 @@ class ApiRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    resume: Resume | None  # only of a stream with one choice
 
     @property
     def num_choices(self) -> int:
@@ -171,6 +175,7 @@ class _Common(msgspec.Struct):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    roost_resume: Resume | None = None
 
 
 class _ChatLogprobs(msgspec.Struct):
@@ -225,6 +230,10 @@ def _build(
             f"{len(prompts)} prompts with 'n' {n} ask for {n * len(prompts)} answers; one "
             f"request gives {MAX_CHOICES} at most.",
         )
+    if common.roost_resume is not None and (n * len(prompts) > 1 or not common.stream):
+        raise invalid(
+            FIELD, f"{FIELD!r} is only allowed when 'stream' is true and there is one choice."
+        )
     grammar = read_structured(read_part(fields, StructuredFields))
     _check_combination(sampling, grammar, tool_use)
     options = common.stream_options or _StreamOptions()
@@ -242,6 +251,7 @@ def _build(
         stream=bool(common.stream),
         include_usage=bool(options.include_usage),
         continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
+        resume=common.roost_resume,
     )
 
 

@@ -1,7 +1,8 @@
 """A request inside the engine: what was asked, what has been computed, what it holds.
 
 Plain state, changed by the scheduler only. `token_ids` is prompt and output in one list, since
-to the model they are the same: after a preemption the output is recomputed like a prompt.
+to the model they are the same: after a preemption, or when an answer that began on another
+replica is continued here, output is computed like a prompt.
 
     WAITING --admit--> RUNNING --finish--> FINISHED
        ^------preempt-----|                    ^
@@ -100,8 +101,14 @@ class Request:
         priority: int = 0,
         deadline_s: float | None = None,
         rules: TokenRules | None = None,
+        output_ids: Sequence[int] = (),
+        num_owed: int = 0,
     ) -> None:
-        """`arrival_s` and `deadline_s` are monotonic. ValueError if the prompt is empty."""
+        """`arrival_s` and `deadline_s` are monotonic. ValueError if the prompt is empty.
+
+        `output_ids` were generated elsewhere and are continued. The last `num_owed` of them are
+        generated once more, whatever is sampled: somebody wants what comes with them.
+        """
         if not prompt_ids:
             raise ValueError("a prompt has at least one token")
         self.id = request_id
@@ -113,21 +120,32 @@ class Request:
         self.deadline_s = deadline_s
         #: None: logits are sampled as they are. Belongs to this request alone.
         self.rules = rules
-        self.token_ids = list(prompt_ids)
+        num_replayed = len(output_ids) - num_owed
+        self.token_ids = [*prompt_ids, *output_ids[:num_replayed]]
         #: Tokens from here on are output: penalties, `min_tokens`, grammars and the limit count
-        #: them. To continue an answer elsewhere, its output so far must stay beyond this mark.
-        self.num_prompt_tokens = len(self.token_ids)
+        #: them.
+        self.num_prompt_tokens = len(prompt_ids)
+        #: Tokens it came with.
+        self.num_given_tokens = len(self.token_ids)
+        #: Tokens that are generated next, whatever is sampled.
+        self.owed_ids = tuple(output_ids[num_replayed:])
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
         self.block_table: list[int] = []
         self.num_computed = 0
-        #: Tokens taken from the prefix cache at the first admission; None before it.
+        #: Of the prompt's, how many came from the prefix cache when it was first admitted; None
+        #: before that.
         self.num_cached_tokens: int | None = None
 
     @property
     def num_output_tokens(self) -> int:
         """Number of tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def settle(self, sampled: int) -> int:
+        """The token that is generated next: the one that is owed, else what was sampled."""
+        index = len(self.token_ids) - self.num_given_tokens
+        return self.owed_ids[index] if index < len(self.owed_ids) else sampled
 
     @property
     def num_uncomputed(self) -> int:

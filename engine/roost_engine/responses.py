@@ -5,7 +5,8 @@ One Answer per request; chat and text completions differ only in where the text 
     chat stream         role chunks, content and tool call chunks, finish chunks, [usage,] [DONE]
     completion stream                text chunks, finish chunks, [usage,] [DONE]
 
-With several choices their chunks come as they are made, each with its `index`.
+With several choices their chunks come as they are made, each with its `index`. The finish chunk
+has no content, unless something is shown only because the answer has ended (transcript.py).
 
 Invariants: all chunks of a stream carry one id, model and creation time; with `include_usage`
 every chunk but the usage chunk has `usage: null`, as OpenAI sends it, or with
@@ -58,6 +59,11 @@ class Piece(msgspec.Struct, frozen=True):
     finish_reason: str | None = None  # in OpenAI's words, on the last piece
     stop_reason: str | int | None = None  # stop string or stop token that ended it
 
+    @property
+    def shows_anything(self) -> bool:
+        """Whether a client sees anything of it, its end aside."""
+        return bool(self.text or self.tool_deltas or self.tokens)
+
 
 class Choice:
     """All pieces of one choice, put together."""
@@ -104,31 +110,24 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         delta = {"delta": {"role": "assistant", "content": ""}}
         return b"".join(self._event(index, delta, usage) for index in range(self.num_choices))
 
-    def piece_events(self, index: int, piece: Piece, usage: Usage) -> bytes:
-        """The chunks of a piece, the finish chunk if it is the last; maybe nothing."""
-        events = self.text_event(index, piece, usage)
-        if piece.finish_reason is not None:
-            events += self.finish_event(index, piece, usage)
-        return events
+    def piece_event(self, index: int, piece: Piece, usage: Usage) -> bytes:
+        """The chunk of a piece; nothing if it shows nothing and is not the last.
 
-    def text_event(self, index: int, piece: Piece, usage: Usage) -> bytes:
-        """Text, tool calls and log probabilities of a piece; nothing if it has none."""
-        if not (piece.text or piece.tool_deltas or piece.tokens):
+        Whatever the last piece shows stands in the finish chunk: a client has both or neither.
+        """
+        end: dict[str, Any] | None = None
+        if piece.finish_reason is not None:
+            end = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        elif not piece.shows_anything:
             return b""
         if self.endpoint == "completion":
-            return self._event(index, {"text": piece.text}, usage, tokens=piece.tokens)
+            return self._event(index, {"text": piece.text}, usage, tokens=piece.tokens, end=end)
         delta: dict[str, Any] = {}
-        if piece.text or not piece.tool_deltas:
+        if piece.text or (piece.tokens and not piece.tool_deltas):
             delta["content"] = piece.text
         if piece.tool_deltas:
             delta["tool_calls"] = [self._tool_delta(index, each) for each in piece.tool_deltas]
-        return self._event(index, {"delta": delta}, usage, tokens=piece.tokens)
-
-    def finish_event(self, index: int, piece: Piece, usage: Usage) -> bytes:
-        """The chunk that says why a choice ended."""
-        content: dict[str, Any] = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
-        end = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
-        return self._event(index, content, usage, end=end)
+        return self._event(index, {"delta": delta}, usage, tokens=piece.tokens, end=end)
 
     def usage_event(self, usage: Usage) -> bytes:
         """The chunk with the usage and no choices, if it was asked for."""

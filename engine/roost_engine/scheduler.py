@@ -421,9 +421,11 @@ class Scheduler:
     def _count_admission(self, request: Request) -> None:
         if request.num_cached_tokens is not None:
             return  # admitted again after a preemption; usage tells of the first time
-        request.num_cached_tokens = request.num_computed
+        # Output from elsewhere may be cached too, but it is nobody's prompt.
+        cached = min(request.num_computed, request.num_prompt_tokens)
+        request.num_cached_tokens = cached
         self.counters.prefix_queries_tokens += request.num_prompt_tokens
-        self.counters.prefix_hits_tokens += request.num_computed
+        self.counters.prefix_hits_tokens += cached
 
     def _count_prefill(self, request: Request, chunk: Chunk) -> None:
         of_prompt = request.num_prompt_tokens - chunk.start

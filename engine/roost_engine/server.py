@@ -16,6 +16,9 @@ also one nobody thought of, is one event with an `error` object, no [DONE], and 
 that is being computed goes on; a client that has given up closes its connection. 429 and 503 tell
 in `Retry-After` when to come back (retry_after.py).
 
+`x-roost-resumable: 1` and `roost_resume` in a body let a router continue a stream elsewhere:
+roost_wire/resume.py. A continued stream has no role chunk, and its usage counts all of the answer.
+
 Bodies are taken as they are: a Content-Encoding is refused (415), and `build_runner` keeps
 aiohttp from decoding one before that.
 
@@ -30,6 +33,7 @@ Not here: bodies (openai_api.py, responses.py), the life of an answer (generatio
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -47,13 +51,13 @@ from roost_engine.engine_errors import DeadlineError, EngineBusyError, EngineErr
 from roost_engine.openai_api import parse_chat, parse_completion
 from roost_engine.responses import DONE, Answer, Choice, model_list, model_object, sse_event
 from roost_engine.tokenize_api import parse_detokenize, parse_tokenize, tokenize_answer
-from roost_wire import headers
+from roost_wire import headers, resume
 
 if TYPE_CHECKING:
     from roost_engine.frontend import Frontend
     from roost_engine.generation import Generations
     from roost_engine.openai_api import ApiRequest
-    from roost_engine.responses import Usage
+    from roost_engine.responses import Piece, Usage
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -169,14 +173,16 @@ class _Endpoints:
             id=prefix + request[_REQUEST_ID],
             model=asked.model,
             created=_unix_time(),
-            call_id=internal_id[:20],
+            call_id="" if asked.tool_use is None else generations.call_id,
             num_choices=asked.num_choices,
             include_usage=asked.include_usage,
             continuous_usage=asked.continuous_usage,
         )
         with contextlib.closing(generations):
             if asked.stream:
-                return await _stream(request, generations, answer)
+                return await _stream(
+                    request, generations, answer, is_resumed=asked.resume is not None
+                )
             return await _answer_whole(generations, answer)
 
 
@@ -215,22 +221,34 @@ async def _answer_whole(generations: Generations, answer: Answer) -> web.Respons
 
 
 async def _stream(
-    request: web.Request, generations: Generations, answer: Answer
+    request: web.Request, generations: Generations, answer: Answer, *, is_resumed: bool
 ) -> web.StreamResponse:
+    # Whoever resumes needs the tokens of the text it has: they come in one block with it.
+    is_resumable = request.headers.get(resume.RESUMABLE) == "1" and answer.num_choices == 1
+
+    def event(index: int, piece: Piece) -> bytes:
+        written = answer.piece_event(index, piece, generations.usage)
+        if not (written and is_resumable):
+            return written
+        return resume.comment(generations.choices[index].transcript.take_ids()) + written
+
     pieces = generations.pieces()
     index, piece = await anext(pieces)
     usage = generations.usage
     response = web.StreamResponse(headers=_stream_headers(usage))
+    if is_resumable:
+        response.headers[resume.SEED] = str(generations.seed)
     await response.prepare(request)
     try:
-        await response.write(answer.head_event(usage) + answer.piece_events(index, piece, usage))
+        head = b"" if is_resumed else answer.head_event(usage)
+        await response.write(head + event(index, piece))
         async for index, piece in pieces:
-            await response.write(answer.piece_events(index, piece, generations.usage))
+            await response.write(event(index, piece))
         await response.write(answer.usage_event(generations.usage) + DONE)
     except EngineError as error:
         await response.write(sse_event(_engine_error_body(error)))
     except ConnectionError:
-        raise  # the client is gone, aiohttp closes the connection
+        raise  # the client is gone
     except Exception:  # noqa: BLE001
         # A defect of ours, with the head sent already: what is left to tell it by is an event.
         _log.exception("request %s failed in its stream", request[_REQUEST_ID])
@@ -278,7 +296,8 @@ async def _answer_errors_in_json(request: web.Request, handler: Handler) -> web.
     try:
         return await handler(request)
     except ConnectionError:
-        raise  # the client is gone, aiohttp closes the connection
+        # The client is gone and this handler about to be cancelled; errors would be logged.
+        raise asyncio.CancelledError from None
     except Exception as error:
         if request.get(_IS_HEAD_SENT):
             raise  # aiohttp logs it and closes the connection; there is no second head

@@ -23,7 +23,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from struct import pack
 from typing import Any, Final, Literal
+
+from xxhash import xxh3_128_hexdigest
 
 from roost_engine.chat_api import Message, Tool, ToolUse
 from roost_engine.structured_api import JSON_WHITESPACE, GrammarSpec
@@ -59,6 +62,16 @@ def tool_format(template: str) -> ToolFormat:
     """The format that a model was trained on, by its chat template."""
     is_llama = OPEN not in template and (PYTHON_TAG in template or "ipython" in template)
     return "llama3" if is_llama else "hermes"
+
+
+def call_id(prompt_ids: Sequence[int], seed: int) -> str:
+    """What ids of an answer's calls begin with: 20 hexadecimal digits.
+
+    A function of what decides the answer, so that whoever continues it elsewhere goes on with the
+    same ids, and the next turn, whose prompt differs, has others.
+    """
+    described = pack(f"<{len(prompt_ids)}Iq", *prompt_ids, seed)
+    return xxh3_128_hexdigest(described)[:20]
 
 
 # -- prompts ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A preempted request comes back to its own place, which is before everybody of it
 arrived later. So a request is overtaken by those of better priority only, and, while it waits
 for a shared prefix (sharing.py), by those who do not.
 
-A request with a deadline that has produced nothing yet is dropped when it passes. One that was
+A request with a deadline that has produced nothing here yet is dropped when it passes. One that was
 preempted after its first token is not: its client has an answer under way.
 
 Not here: who is admitted (scheduler.py).
@@ -45,7 +45,8 @@ class WaitingLine:
         index = bisect_left(self._places, place)
         self._places.insert(index, place)
         self._requests.insert(index, request)
-        if request.deadline_s is not None and request.num_output_tokens == 0:
+        has_produced = len(request.token_ids) > request.num_given_tokens
+        if request.deadline_s is not None and not has_produced:
             self._impatient[place] = request
             heappush(self._deadlines, (request.deadline_s, place))
 

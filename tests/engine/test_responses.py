@@ -85,23 +85,23 @@ def test_chunks_of_a_chat() -> None:
     built = answer("chat", num_choices=2)
 
     roles = built.head_event(USAGE).split(b"\n\n")[:-1]
-    text = event(built.text_event(1, Piece("Hi"), USAGE))
-    end = event(built.finish_event(1, Piece(finish_reason="stop"), USAGE))
+    text = event(built.piece_event(1, Piece("Hi"), USAGE))
+    end = event(built.piece_event(1, Piece(finish_reason="stop"), USAGE))
 
     assert [event(role + b"\n\n")["choices"][0]["index"] for role in roles] == [0, 1]
     assert event(roles[0] + b"\n\n")["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert (text["choices"][0]["delta"], text["choices"][0]["index"]) == ({"content": "Hi"}, 1)
     assert (end["choices"][0]["delta"], end["choices"][0]["finish_reason"]) == ({}, "stop")
     assert "usage" not in text
-    assert (built.text_event(0, Piece(), USAGE), built.usage_event(USAGE)) == (b"", b"")
+    assert (built.piece_event(0, Piece(), USAGE), built.usage_event(USAGE)) == (b"", b"")
     assert DONE == b"data: [DONE]\n\n"
 
 
 def test_chunks_of_a_tool_call() -> None:
     built = answer("chat")
 
-    first = event(built.text_event(0, Piece("", [ToolDelta(0, "f", "")]), USAGE))
-    more = event(built.text_event(0, Piece("", [ToolDelta(0, None, "{}")]), USAGE))
+    first = event(built.piece_event(0, Piece("", [ToolDelta(0, "f", "")]), USAGE))
+    more = event(built.piece_event(0, Piece("", [ToolDelta(0, None, "{}")]), USAGE))
 
     [begun] = first["choices"][0]["delta"]["tool_calls"]
     assert (begun["index"], begun["type"]) == (0, "function")
@@ -116,8 +116,8 @@ def test_chunks_of_a_completion_with_usage() -> None:
     built = answer("completion", include_usage=True)
 
     assert built.head_event(USAGE) == b""
-    assert event(built.text_event(0, Piece("Hi"), USAGE))["choices"][0]["text"] == "Hi"
-    assert event(built.text_event(0, Piece("Hi"), USAGE))["usage"] is None
+    assert event(built.piece_event(0, Piece("Hi"), USAGE))["choices"][0]["text"] == "Hi"
+    assert event(built.piece_event(0, Piece("Hi"), USAGE))["usage"] is None
     last = event(built.usage_event(USAGE))
     assert (last["choices"], last["usage"]["total_tokens"]) == ([], 8)
 
@@ -125,11 +125,11 @@ def test_chunks_of_a_completion_with_usage() -> None:
 def test_continuous_usage_is_in_every_chunk() -> None:
     built = answer("completion", include_usage=True, continuous_usage=True)
 
-    assert event(built.text_event(0, Piece("Hi"), USAGE))["usage"]["completion_tokens"] == 3
+    assert event(built.piece_event(0, Piece("Hi"), USAGE))["usage"]["completion_tokens"] == 3
 
 
 def test_log_probabilities_of_a_chat() -> None:
-    chunk = event(answer("chat").text_event(0, Piece("Hi", tokens=TOKENS), USAGE))
+    chunk = event(answer("chat").piece_event(0, Piece("Hi", tokens=TOKENS), USAGE))
 
     assert chunk["choices"][0]["logprobs"] == {
         "content": [

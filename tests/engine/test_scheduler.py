@@ -20,7 +20,7 @@ from hand_engine import (
 )
 
 from roost_engine.admission import ExpectedOutput
-from roost_engine.request import FinishReason, RequestState
+from roost_engine.request import FinishReason, Request, RequestState, SamplingParams
 from roost_engine.scheduler import PromptTooLong
 
 
@@ -467,6 +467,60 @@ def test_who_was_aborted_does_not_expire_as_well() -> None:
     engine.scheduler.abort("b")
 
     assert engine.scheduler.expire(6.0) == []
+
+
+# -- answers that began on another replica ---------------------------------------------------
+
+
+@pytest.mark.parametrize("num_given", [0, 1, 3, 4, 5, 11])
+def test_a_continued_answer_ends_where_it_would_have(num_given: int) -> None:
+    engine = HandEngine(max_step_tokens=8)
+    given = continuation(prompt_of(10), num_given, VOCAB)
+
+    request = engine.add("a", prompt_of(10), max_tokens=12, output=given)
+    engine.run()
+
+    assert_right(request)
+    assert (request.num_prompt_tokens, request.num_output_tokens) == (10, 12)
+    assert request.finish_reason is FinishReason.LENGTH
+    assert len(engine.outputs) == 12 - num_given
+    assert engine.scheduler.counters.generation_tokens == 12 - num_given
+
+
+def test_a_continued_answer_hits_its_own_tokens_but_tells_of_the_prompts() -> None:
+    engine = HandEngine()
+    engine.add("a", prompt_of(10), max_tokens=12)
+    engine.run()
+
+    output = continuation(prompt_of(10), 9, VOCAB)
+    request = engine.add("b", prompt_of(10), max_tokens=12, output=output)
+    engine.step()
+
+    assert sizes(engine.steps[-1]) == [3]  # 16 of 19 were cached
+    assert request.num_cached_tokens == 10
+    assert engine.scheduler.counters.prefix_hits_tokens == 10
+    engine.run()
+    assert_right(request)
+
+
+def test_a_continued_answer_that_has_to_wait_has_a_deadline_too() -> None:
+    engine = HandEngine(max_running=1)
+    engine.add("a", prompt_of(4), max_tokens=9)
+    engine.step()
+    engine.add("b", prompt_of(4, 3), output=[1, 2], deadline_s=5.0)
+
+    assert [output.request.id for output in engine.scheduler.expire(5.0)] == ["b"]
+
+
+def test_tokens_that_are_owed_come_whatever_is_sampled() -> None:
+    sampling = SamplingParams(max_tokens=9)
+    request = Request("a", [1], sampling, 0.0, output_ids=[2, 3, 4], num_owed=2)
+
+    assert request.token_ids == [1, 2]
+    for settled in (3, 4, 40):
+        request.token_ids.append(request.settle(40))
+        assert request.token_ids[-1] == settled
+    assert request.num_output_tokens == 4
 
 
 # -- looking ahead ----------------------------------------------------------------------------

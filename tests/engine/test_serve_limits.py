@@ -35,6 +35,15 @@ def test_a_kv_cache_larger_than_the_machine_is_refused_before_it_is_allocated(
         build_replica(config)
 
 
+def test_on_a_gpu_the_machine_need_only_hold_the_host_tier() -> None:
+    gpu = {"model": "x", "kv_tokens": 10**12, "device": "cuda"}
+
+    with pytest.raises(ServeError, match=r"torch finds no GPU|cuda:0 has .* free; lower kv_tokens"):
+        build_replica(ServeConfig(**gpu))  # type: ignore[arg-type]
+    with pytest.raises(ServeError, match=r"this process may use .* lower kv_tokens or host_kv_tok"):
+        build_replica(ServeConfig(**gpu, host_kv_tokens=10**12))  # type: ignore[arg-type]
+
+
 def test_where_the_system_does_not_tell_its_memory_nothing_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

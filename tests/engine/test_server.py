@@ -365,6 +365,9 @@ def test_metrics_carry_vllms_names(replica: Replica) -> None:
         "vllm:e2e_request_latency_seconds_bucket",
         "roost_engine:prefill_tokens_total",
         "roost_engine:free_blocks",
+        "roost_engine:restored_tokens_total",
+        "roost_engine:host_blocks_used",
         "roost_engine:expired_requests_total",
+        "roost_engine:broken_pins_total",
     ):
         assert f"\n{name}{{" in text, name

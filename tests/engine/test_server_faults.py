@@ -195,7 +195,7 @@ async def test_a_defect_of_ours_is_a_json_500(monkeypatch: Any) -> None:
         assert json.loads(body)["error"]["type"] == "server_error"
 
 
-@pytest.mark.parametrize("broken", ["text_event", "finish_event"])
+@pytest.mark.parametrize("broken", ["piece_event", "usage_event"])
 async def test_a_defect_of_ours_mid_stream_is_one_event_and_the_end_of_the_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

@@ -1,10 +1,11 @@
+# ruff: noqa: E501, RUF001 - a case a line
 """Requests that two HTTP parsers may read differently, and what the router makes of each.
 
 A case is what a client sends on one connection, the statuses it gets, and the bodies that reach
 a replica. `bad`: refused with one 4xx or 5xx, the connection closed, nothing forwarded. `good`:
 forwarded as one well-formed request. `own`: answered by the router itself. Families follow the
-classes of the public lists (http-desync-guardian, llhttp's and h11's tests, http-garden's trophies);
-the bytes are our own.
+classes of the public lists (http-desync-guardian, llhttp's and h11's tests, http-garden's
+trophies); the bytes are our own.
 """
 
 from __future__ import annotations

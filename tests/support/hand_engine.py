@@ -63,10 +63,18 @@ class HandEngine:
         ignore_eos: bool = False,
         priority: int = 0,
         deadline_s: float | None = None,
+        output: Sequence[int] = (),
     ) -> Request:
+        """`output` was generated elsewhere."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
         request = Request(
-            name, prompt, sampling, arrival_s=0.0, priority=priority, deadline_s=deadline_s
+            name,
+            prompt,
+            sampling,
+            arrival_s=0.0,
+            priority=priority,
+            deadline_s=deadline_s,
+            output_ids=output,
         )
         self.scheduler.add(request)
         return request

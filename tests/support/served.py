@@ -29,8 +29,9 @@ MODEL = "smol"
 class Replica:
     """The served engine and what tests ask of it."""
 
-    def __init__(self, frontend: Frontend, port: int) -> None:
+    def __init__(self, frontend: Frontend, port: int, loop: asyncio.AbstractEventLoop) -> None:
         self.frontend = frontend
+        self._loop = loop
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.sdk = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
@@ -78,6 +79,14 @@ class Replica:
         while not condition():
             time.sleep(0.02)
 
+    def num_tasks(self) -> int:
+        """Tasks in the replica's event loop, the counting one left out."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks()) - 1
+
+        return asyncio.run_coroutine_threadsafe(count(), self._loop).result()
+
     def until_idle(self) -> None:
         pool, core = self.frontend.core.scheduler.pool, self.frontend.core
         self.until(lambda: pool.num_free == pool.num_blocks and not core.scheduler.has_work)
@@ -117,7 +126,7 @@ def served_replica(
     thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
     thread.start()
     started.wait()
-    served = Replica(frontend, ports[0])
+    served = Replica(frontend, ports[0], loop)
     try:
         yield served
     finally:
