@@ -1,6 +1,6 @@
 # Every target does one thing. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev test check lint imports types unit model e2e bench docs fmt dist clean
+.PHONY: help run setup setup-dev test check lint imports types unit model e2e simulation soak edge fuzz bench docs fmt dist clean
 export PYTHONSAFEPATH := 1
 BIN := .venv/bin
 SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
@@ -22,7 +22,7 @@ setup-dev: .venv/.dev ## Make .venv with all that tests and linters need
 .venv/.dev: $(SETUP)
 	@deploy/setup.sh dev && touch .venv/.engine
 
-test: check model e2e ## All tests: what CI runs
+test: check model e2e simulation ## All tests: what CI runs
 
 check: lint imports types unit ## The quick loop: linters, types, unit tests
 
@@ -36,13 +36,25 @@ types: setup-dev ## mypy --strict
 	@$(BIN)/mypy
 
 unit: setup-dev ## Tests without the real model
-	@$(TESTS) -m "not model and not e2e"
+	@$(TESTS) -m "not model and not e2e and not simulation"
 
 model: setup-dev ## Tests of the engine with the real model
 	@$(TESTS) -m "model and not e2e"
 
 e2e: setup-dev ## Tests with real processes: router, two engines, the openai SDK
 	@$(TESTS) -m e2e
+
+simulation: setup-dev ## The router in virtual time: planted bugs are noticed, 60 s of random faults
+	@$(TESTS) -m simulation && $(BIN)/python -m roost_loadtest.simulation
+
+soak: setup-dev ## The same random faults for SECONDS (3600) of CPU; a failure tells how to replay it
+	@$(BIN)/python -m roost_loadtest.simulation --seconds $(or $(SECONDS),3600) --first-seed 1000000
+
+edge: setup-dev ## Suites of others against the router: openai-python's tests, slowhttptest
+	@$(BIN)/roost bench edge
+
+fuzz: setup-dev ## Fuzz every parser, each for SECONDS (60); guided by coverage with `pip install atheris`
+	@$(BIN)/python tests/fuzz/fuzz.py $(or $(SECONDS),60)
 
 bench: setup-dev ## Benchmarks, each a table with a ratio; nothing else may run beside them
 	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide && $(BIN)/roost bench proxy

@@ -33,9 +33,9 @@ import msgspec
 from roost_loadtest import bench_engine_table as tables
 from roost_loadtest import peers
 from roost_loadtest.bench_engine_table import OfflineRecord, ReadyRecord, ServedRecord
-from roost_loadtest.bench_proxy import free_port
 from roost_loadtest.canary import Canary, Reading
 from roost_loadtest.client import StreamError
+from roost_loadtest.local_processes import free_port
 from roost_loadtest.served_load import ServedResult, ServedWorkload, run_served
 
 Part = Literal["offline", "served", "ready"]

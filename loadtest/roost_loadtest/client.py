@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from roost_router.sse import Usage
+from roost_router.answer.usage import Usage
 from roost_wire import headers as names
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from roost.fault_cli import COMMANDS as FAULT_COMMANDS
+
+if TYPE_CHECKING:
+    from roost_router.config import RouterConfig
 
 _PORT = click.IntRange(0, 65535)
 _WEIGHTS = click.Choice(["stored", "float32", "bfloat16"])
@@ -60,6 +64,55 @@ def main(verbose: bool) -> None:
     help="Seconds that streams may finish after SIGTERM.",
 )
 @click.option(
+    "--max-requests", type=click.IntRange(1), default=16384, help="Served at once; beyond: 503."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=32768,
+    help="Of clients; fewer if the process may not open so many files.",
+)
+@click.option(
+    "--max-connections-per-address",
+    type=click.IntRange(1),
+    default=16384,
+    help="Of one client, or of one proxy.",
+)
+@click.option(
+    "--head-timeout",
+    "head_timeout_s",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    help="Seconds for a request's head, and for the first request.",
+)
+@click.option(
+    "--body-stall",
+    "body_stall_s",
+    type=click.FloatRange(0.1),
+    default=30.0,
+    help="Seconds that a request's body may pause.",
+)
+@click.option(
+    "--keepalive",
+    "keepalive_s",
+    type=click.FloatRange(0.1),
+    default=75.0,
+    help="Seconds between requests of a connection.",
+)
+@click.option(
+    "--write-stall",
+    "write_stall_s",
+    type=click.FloatRange(0.1),
+    default=30.0,
+    help="Seconds that a client may read nothing of its answer.",
+)
+@click.option(
+    "--write-buffer-bytes",
+    type=click.IntRange(1024),
+    default=256 * 1024,
+    help="Of a stream that its client reads too slowly, before its replica is paused.",
+)
+@click.option(
     "--api-keys-file",
     type=_FILE,
     help="Clients need one of these keys; made by `roost keys new`, read again on SIGHUP.",
@@ -75,22 +128,49 @@ def main(verbose: bool) -> None:
 @click.option(
     "--insecure", is_flag=True, help="Let other machines in without keys: something before it asks."
 )
+@click.option(
+    "--drain-delay",
+    "drain_delay_s",
+    type=click.FloatRange(0.0),
+    default=0.0,
+    help="Seconds before that, while /ready is 503 and clients still come: for load balancers.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 256),
+    help="Workers under a supervisor: replaced when they die, and one by one on SIGHUP. Worker i "
+    "has admin port + i.  [default: one process without supervisor]",
+)
 @click.option("--lifeline-fd", type=int, hidden=True)
+@click.option("--listen-fd", type=int, hidden=True)
+@click.option("--admin-listen-fd", type=int, hidden=True)
+@click.option("--status-fd", type=int, hidden=True)
 def route(replicas: tuple[str, ...], **options: Any) -> None:
     """Route requests to OpenAI-compatible replicas.
 
     Example: roost route --replica http://127.0.0.1:8101 --replica http://127.0.0.1:8102
     """
+    from roost_router.config import ConfigError, RouterConfig, activation_fd
+    from roost_router.supervisor import SupervisorError, supervise
+
+    if options["listen_fd"] is None:
+        options["listen_fd"] = activation_fd()
+    try:
+        config = RouterConfig(replicas=replicas, **options)
+        if config.processes is not None and config.status_fd is None:
+            supervise(config, [sys.executable, "-m", "roost", *sys.argv[1:]])
+        else:
+            _run_router(config)
+    except (ConfigError, SupervisorError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+def _run_router(config: RouterConfig) -> None:
     import uvloop
 
     from roost_router.app import run_router
-    from roost_router.config import ConfigError, RouterConfig
 
-    try:
-        config = RouterConfig(replicas=replicas, **options)
-        uvloop.run(run_router(config))
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from None
+    uvloop.run(run_router(config))
 
 
 @main.command()
@@ -182,6 +262,10 @@ def bench() -> None:
     """Measure, side by side, and print a table with a ratio."""
 
 
+for _command in FAULT_COMMANDS:
+    bench.add_command(_command)
+
+
 @bench.command()
 @click.option("--model", default="smollm2", help="As in `roost serve`.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Prompts, each cold and warm.")
@@ -190,6 +274,8 @@ def bench() -> None:
 @click.option("--admin-port", type=click.IntRange(1, 65535), default=19000, help="Admin port.")
 def ttft(model: str, rounds: int, tokens: int, port: int, admin_port: int) -> None:
     """Time to first token, cold against warm, on two local replicas."""
+    import asyncio
+
     from roost.bench import run_bench_ttft
     from roost.cluster import ClusterConfig, ClusterError
     from roost_loadtest.client import StreamError
@@ -226,12 +312,32 @@ def schedule(rounds: int) -> None:
 @bench.command()
 @click.option("--rounds", type=click.IntRange(1), default=3, help="Rounds for each median.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=2.0, help="Load of a measurement.")
-@click.option("--connections", type=click.IntRange(1), default=32, help="Clients at once.")
-def proxy(rounds: int, seconds: float, connections: int) -> None:
-    """CPU that the router spends on a request, beside nginx where it is installed."""
-    from roost_loadtest.bench_proxy import bench_proxy
+@click.option("--connections", type=click.IntRange(1), default=64, help="Clients at once.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["start", "requests", "latency", "streams", "open"]),
+    default=["start", "requests", "latency", "streams", "open"],
+    help="What to measure. Repeat for each.",
+)
+@click.option("--alone", is_flag=True, help="Ours without nginx and haproxy.")
+@click.option("--sglang-router", type=_FILE, help="Its program, in an environment of its own.")
+@click.option("--vllm-router", type=_FILE, help="Its program, in an environment of its own.")
+@click.option(
+    "--streams", type=click.IntRange(1), default=10_000, help="Streams open at once, ours only."
+)
+@click.option("--json", "json_path", type=_NEW_FILE, help="Write every figure here.")
+def proxy(**options: Any) -> None:
+    """CPU, latency and memory of the router, beside nginx, haproxy and given peers."""
+    from roost_loadtest.bench_proxy import ProxyBenchConfig, bench_proxy
+    from roost_loadtest.bench_proxy_load import LoadError
+    from roost_loadtest.peers import PeerError
 
-    bench_proxy(rounds=rounds, seconds=seconds, connections=connections)
+    try:
+        bench_proxy(ProxyBenchConfig(**options))
+    except (PeerError, LoadError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @bench.command()
@@ -318,6 +424,48 @@ def quality(**options: Any) -> None:
         raise click.ClickException("a format loses more than is allowed")
 
 
+@bench.command()
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["sdk", "schema", "slow"]),
+    default=["sdk", "slow"],
+    help="openai-python's tests, schemathesis (needs --spec), slowhttptest. Repeat for each.",
+)
+@click.option("--spec", type=_FILE, help="OpenAI's openapi.json, for the part schema.")
+@click.option("--seconds", type=click.IntRange(1), default=30, help="Of schema, and an attack.")
+@click.option("--connections", type=click.IntRange(1), default=1000, help="Of an attack.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="build/edge",
+    help="Where the suites are installed.",
+)
+def edge(
+    parts: tuple[str, ...], spec: Path | None, seconds: int, connections: int, folder: Path
+) -> None:
+    """Suites of others against the router; fails if one of them does."""
+    from roost_loadtest.edge import EdgeError, run_schema, run_sdk, run_slow
+
+    if "schema" in parts and spec is None:
+        raise click.ClickException("the part schema needs --spec: OpenAI's openapi.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for part in parts:
+            if part == "sdk":
+                passed = run_sdk(folder)
+            elif part == "schema":
+                assert spec is not None
+                passed = run_schema(folder, spec, seconds)
+            else:
+                passed = run_slow(folder, connections, seconds)
+            if not passed:
+                raise click.ClickException(f"the part {part} failed")
+    except EdgeError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @main.command()
 @click.option("--model", default="smollm2", help="As in `roost serve`.")
 @click.option(
@@ -340,6 +488,8 @@ def quality(**options: Any) -> None:
 @click.pass_context
 def up(context: click.Context, /, demo: bool, stay: bool, **options: Any) -> None:
     """Start a router and replicas on this machine, and show a request coming home."""
+    import asyncio
+
     from roost.cluster import ClusterConfig, ClusterError
     from roost.up import run_up
 

@@ -9,8 +9,8 @@ import sys
 from roost.cluster import Cluster, ClusterConfig, ClusterError, Progress
 from roost_loadtest.client import StreamError
 from roost_loadtest.demo import demonstrate
-from roost_router.app import bind
 from roost_router.config import ConfigError, check_open
+from roost_router.listening import bind
 
 _QUESTION = "What is the capital of France?"
 _SNIPPET = """

@@ -23,6 +23,7 @@ class Access:
     def __init__(self, config: RouterConfig) -> None:
         """Read all files of `config`. Raises ConfigError: file and line, never a key."""
         self._config = config
+        self.version = 0  # grows whenever the files were read
         self.api_keys: KeyRing | None
         self.admin_keys: KeyRing | None
         self.replica_key: str | None
@@ -46,6 +47,7 @@ class Access:
         api_keys, admin_keys = _keys(config.api_keys_file), _keys(config.admin_keys_file)
         self.replica_key = _replica_key(config.replica_key_file)
         self.api_keys, self.admin_keys = api_keys, admin_keys
+        self.version += 1
 
 
 def _keys(path: Path | None) -> KeyRing | None:

@@ -1,10 +1,15 @@
-"""Composition root of the router: build everything, run, stop. Holds no choices of its own."""
+"""Composition root of the router: build everything, run, stop. Holds no choices of its own.
+
+One process, or one worker of several: then its sockets are inherited, and a pipe tells its
+supervisor what it does (supervisor.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -12,12 +17,12 @@ from random import Random
 
 from aiohttp import web
 
-from roost_router.access import Access
 from roost_router.admin import make_admin_app
-from roost_router.config import ConfigError, RouterConfig
+from roost_router.config import RouterConfig
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
 from roost_router.index.prefix_index import PrefixIndex
+from roost_router.listening import BACKLOG, REPLACED, bind, inherited
 from roost_router.metrics import RouterMetrics
 from roost_router.placement import Placer
 from roost_router.policy.cost import CostPolicy
@@ -41,12 +46,11 @@ class Router:
     def __init__(self, config: RouterConfig, placer: Placer) -> None:
         self._config = config
         self.placer = placer
-        self.access = Access(config)
         metrics = RouterMetrics()
         metrics.watch(placer)
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
         self._admin = web.AppRunner(
-            make_admin_app(self.service, self.access),
+            make_admin_app(self.service, self.service.access),
             access_log=None,
             logger=_silent,
             keepalive_timeout=75.0,
@@ -55,28 +59,56 @@ class Router:
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
-        """Listen and begin to poll. Raises ConfigError when a port cannot be bound."""
+        """Listen, ask the replicas, accept. Raises ConfigError when a port cannot be bound.
+
+        Clients that come before the replicas were asked wait: they would be told that there is
+        none.
+        """
         config = self._config
         with contextlib.ExitStack() as undo:
-            data = undo.enter_context(bind(config.host, config.port))
-            admin = undo.enter_context(bind(config.admin_host, config.admin_port))
+            data = undo.enter_context(_listener(config.host, config.port, config.listen_fd))
+            admin = undo.enter_context(
+                _listener(config.admin_host, config.admin_port, config.admin_listen_fd)
+            )
+            # A socket that another process opened may be one that other machines reach.
+            config.check_hosts(data.getsockname()[0], admin.getsockname()[0])
+            data.listen(BACKLOG)
             await self._admin.setup()
             await web.SockSite(self._admin, admin).start()
+            await self._begin_polling()
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
             undo.pop_all()
+
+    async def _begin_polling(self) -> None:
+        config = self._config
         poller = Poller(
             self.placer.fleet,
             config.poll_interval_s,
             config.poll_timeout_s,
-            self.access.replica_authorization,
+            self.service.access.replica_authorization,
         )
         self.poller = asyncio.create_task(poller.run())
+        asked = asyncio.create_task(poller.until_asked())
+        await asyncio.wait({asked, self.poller}, return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
 
-    async def stop(self) -> None:
-        """Drain: readiness first, then streams finish, then everything closes."""
-        await self.service.drain(self._config.drain_s)
+    async def stop(self, *, replaced: bool = False) -> None:
+        """Drain: readiness first, then streams finish, then everything closes.
+
+        `replaced`: a successor accepts on the same sockets and answers for this router.
+        """
+        config, service = self._config, self.service
+        service.is_draining = True
+        if not replaced:
+            await asyncio.sleep(config.drain_delay_s)
+        service.stop_accepting()
+        if config.status_fd is not None:
+            os.close(config.status_fd)
+        if replaced:
+            await self._admin.cleanup()
+        await service.drain(config.drain_s)
         if self.poller is not None:
             self.poller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -88,45 +120,53 @@ async def run_router(config: RouterConfig) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises ConfigError."""
     router = Router(config, build_placer(config, Random()))
     await router.start()
+    stop = _StopSignals(config)
     host, port = router.address
     admin_host, admin_port = router.admin_address
     _log.info("routing on http://%s:%d, admin on http://%s:%d", host, port, admin_host, admin_port)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.access.reload)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.service.access.reload)
+    if config.status_fd is not None:
+        os.write(config.status_fd, b"1")
     try:
-        await _stop_requested(config.lifeline_fd, router.poller)
+        await stop.wait(router.poller)
         _log.info("draining %d requests", router.service.num_exchanges)
     finally:
-        await router.stop()
+        await router.stop(replaced=stop.is_replaced)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket. Raises ConfigError with one line that says what to do."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason}; stop what uses it or choose another port"
-        ) from None
-    return sock
+class _StopSignals:
+    """Why a router is to stop: SIGTERM, SIGINT, its lifeline's end, or a successor."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.is_replaced = False
+        self._event = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._event.set)
+        if config.status_fd is not None:
+            loop.add_signal_handler(REPLACED, self._replaced)
+        self._lifeline_fd = config.lifeline_fd
+        if self._lifeline_fd is not None:  # nothing is ever written: readable means closed
+            loop.add_reader(self._lifeline_fd, self._orphaned)
+
+    async def wait(self, poller: asyncio.Task[None] | None) -> None:
+        """Return when there is a reason to stop; raise if the poller breaks."""
+        assert poller is not None
+        waiting = asyncio.create_task(self._event.wait())
+        await asyncio.wait({waiting, poller}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if poller.done():
+            poller.result()
+
+    def _replaced(self) -> None:
+        self.is_replaced = True
+        self._event.set()
+
+    def _orphaned(self) -> None:
+        assert self._lifeline_fd is not None
+        asyncio.get_running_loop().remove_reader(self._lifeline_fd)
+        self._event.set()
 
 
-async def _stop_requested(lifeline_fd: int | None, poller: asyncio.Task[None] | None) -> None:
-    """Return on a stop signal or the end of the lifeline; raise if the poller breaks."""
-    assert poller is not None
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if lifeline_fd is not None:
-        loop.add_reader(lifeline_fd, stop.set)  # nothing is ever written: readable means closed
-    waiting = asyncio.create_task(stop.wait())
-    await asyncio.wait({waiting, poller}, return_when=asyncio.FIRST_COMPLETED)
-    if lifeline_fd is not None:
-        loop.remove_reader(lifeline_fd)
-    waiting.cancel()
-    if poller.done():
-        poller.result()
+def _listener(host: str, port: int, fd: int | None) -> socket.socket:
+    return bind(host, port) if fd is None else inherited(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -28,12 +29,25 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_attempts: int = 3  # replicas tried for a request before the first byte
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
+    max_requests: int = 16384  # being served at once; beyond: 503
+    max_connections: int = 32768  # of clients; fewer if the process may not open so many files
+    max_connections_per_address: int = 16384  # one client, or one proxy, never takes all
+    head_timeout_s: float = 10.0  # for a request's head, and for the first request
+    body_stall_s: float = 30.0  # for more of a request's body
+    keepalive_s: float = 75.0  # between requests
+    write_stall_s: float = 30.0  # for a client to read more of its answer
+    write_buffer_bytes: int = 256 << 10  # of a stream, before its replica is paused
     drain_s: float = 10.0  # how long streams may finish after SIGTERM
+    drain_delay_s: float = 0.0  # what load balancers need to see that /ready is 503
+    processes: int | None = None  # workers under a supervisor (supervisor.py); None: neither
     api_keys_file: Path | None = None  # hashes of the keys that open the data port; None: open
     admin_keys_file: Path | None = None  # likewise /metrics and /replicas of the admin port
     replica_key_file: Path | None = None  # holds the key that replicas ask for
     insecure: bool = False  # other machines may come in without a key
     lifeline_fd: int | None = None  # stop when this descriptor reaches its end (parent died)
+    listen_fd: int | None = None  # the data port's socket, if another process opened it
+    admin_listen_fd: int | None = None  # likewise
+    status_fd: int | None = None  # tells the supervisor what this worker does
 
     def __post_init__(self) -> None:
         """Refuse what could never work."""
@@ -46,13 +60,28 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 check_replica_url(url)
             except ReplicaUrlError as error:
                 raise ConfigError(str(error)) from None
-        if self.port == self.admin_port and self.port and self.host == self.admin_host:
-            raise ConfigError(f"data and admin port are both {self.port}: choose two")
-        if not self.insecure:
-            if self.api_keys_file is None:
-                check_open("--host", self.host, "--api-keys-file (see `roost keys new`)")
-            if self.admin_keys_file is None:
-                check_open("--admin-host", self.admin_host, "--admin-keys-file")
+        last_admin_port = self.admin_port + (self.processes or 1) - 1
+        if last_admin_port > 65535:
+            raise ConfigError(f"admin port {last_admin_port} does not exist: choose a lower first")
+        is_admins = self.admin_port <= self.port <= last_admin_port
+        if is_admins and self.port and self.host == self.admin_host:
+            raise ConfigError(f"{self.port} is data and admin port: choose two")
+        self.check_hosts(self.host, self.admin_host)
+
+    def check_hosts(self, host: str, admin_host: str) -> None:
+        """ConfigError if other machines reach one of these addresses without a key."""
+        if self.insecure:
+            return
+        if self.api_keys_file is None:
+            check_open("--host", host, "--api-keys-file (see `roost keys new`)")
+        if self.admin_keys_file is None:
+            check_open("--admin-host", admin_host, "--admin-keys-file")
+
+
+def activation_fd() -> int | None:
+    """The data port's socket if systemd opened it (sd_listen_fds(3)): the first it passes."""
+    environment = os.environ  # noqa: TID251 - systemd's protocol, no option of ours
+    return 3 if environment.get("LISTEN_PID") == str(os.getpid()) else None
 
 
 def check_open(option: str, host: str, cure: str = "") -> None:

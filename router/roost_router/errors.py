@@ -7,8 +7,10 @@
     │   ├── PathNotFoundError      404  not_found
     │   ├── ModelNotFoundError     404  model_not_found
     │   ├── MethodNotAllowedError  405  method_not_allowed
+    │   ├── ClientTimeoutError     408  request_timeout
     │   ├── BodyTooLargeError      413  body_too_large
     │   └── EncodingError          415  unsupported_encoding
+    ├── OverloadError              503  too_many_connections, too_many_requests: we are full
     └── FleetError                 a replica, or all of them, is at fault; later may work
         ├── NoReplicaError         503  no_replica
         ├── RetryBudgetError       503  retry_budget_spent
@@ -107,6 +109,16 @@ class MethodNotAllowedError(ClientError):
         self.allowed = allowed
 
 
+class ClientTimeoutError(ClientError):
+    """The client took too long to send a request that it had begun."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"the {part} did not arrive in time")
+
+
 class BodyTooLargeError(ClientError):
     """The body exceeds the limit."""
 
@@ -125,6 +137,13 @@ class EncodingError(ClientError):
 
     def __init__(self, encoding: str) -> None:
         super().__init__(f"content-encoding '{encoding}' is not supported; send it plain")
+
+
+class OverloadError(RouterError):
+    """This router holds as much as it may; another router, or a later try, may work."""
+
+    status = 503
+    retry_after_s = 1
 
 
 class FleetError(RouterError):

@@ -6,7 +6,8 @@ tokens, in the order in which a chat template lays it out, so that a conversatio
 extends the bytes of the turn before.
 
     chat         "chat" model salt tools, then for each message: role, content, tool calls
-    completions  "text" model salt, then the text, or the token ids as u32
+    completions  "text" model salt, then the text, or the token ids as u32; of several prompts all,
+                 one after the other: the first decides the place, their sum the work
 """
 
 from __future__ import annotations
@@ -114,22 +115,25 @@ def _digest(part: Any) -> bytes:
 
 
 def _completion_prompt(completion: _Completion) -> bytes:
-    head = _head(b"text", completion.model, completion.cache_salt)
     prompt = completion.prompt
+    has_several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+    prompts = prompt if has_several else [prompt]
+    head = _head(b"text", completion.model, completion.cache_salt)
+    return head + _RECORD.join([_prompt_bytes(one) for one in prompts])
+
+
+def _prompt_bytes(prompt: Any) -> bytes:
+    """One prompt: its text, or its token ids."""
     if isinstance(prompt, str):
-        return head + prompt.encode()
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-        if isinstance(prompt, str):
-            return head + prompt.encode()
+        return prompt.encode()
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         try:
-            return head + pack(f"<{len(prompt)}I", *prompt)
+            return pack(f"<{len(prompt)}I", *prompt)
         except StructError:
             raise BadRequestError(
                 "token ids must be integers from 0 to 4294967295", param="prompt"
             ) from None
-    return head + msgspec.json.encode(prompt)
+    return msgspec.json.encode(prompt)
 
 
 def _head(kind: bytes, model: str, salt: str | None) -> bytes:

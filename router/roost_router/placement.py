@@ -24,7 +24,6 @@ Not here: any I/O, retries, how bytes reach the replica.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,7 +31,12 @@ import msgspec
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
 from roost_router.index.prefix_index import PrefixIndex
-from roost_router.index.text_chain import TEXT_BLOCK_BYTES, text_chain
+from roost_router.index.text_chain import (
+    TEXT_BLOCK_BYTES,
+    chain_bytes,
+    num_whole_blocks,
+    text_chain,
+)
 from roost_router.openai_request import RoutingFields
 from roost_router.policy.interface import Candidate, Decision, Policy
 
@@ -62,8 +66,8 @@ class Placement(msgspec.Struct, kw_only=True):
     candidates: list[Candidate]
     stamp: int
     placed_at: float  # seconds, monotonic
+    prefilled_at: float  # predicted; believed where the answer shows nothing before its end
     prompt_bytes: int
-    prompt_tokens: int  # predicted
     matched_tokens: int  # predicted
     uncached_tokens: int  # predicted; what was reserved
     work_tokens: int  # uncached tokens that stood before the first token, queue included
@@ -98,9 +102,7 @@ class Placer:
         self._rng = rng
         self._stamp = 0
         self._pending: dict[str, dict[int, None]] = {r.name: {} for r in fleet.replicas}
-        self._silent: dict[str, deque[tuple[float, Placement]]] = {
-            r.name: deque() for r in fleet.replicas
-        }
+        self._silent: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
         self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
 
     def place(
@@ -116,32 +118,38 @@ class Placer:
 
         Raises ModelNotFoundError or NoReplicaError. O(prompt bytes + candidates).
         """
-        replicas = self.fleet.candidates(fields.model, tried, now, dialects)
-        for replica in replicas:
-            self._assume_prefilled(self._silent[replica.name], now)
+        fleet, silent = self.fleet, self._silent
+        replicas = fleet.candidates(fields.model, tried, now, dialects)
         chain = text_chain(fields.prompt)
         holders = 0
         for replica in replicas:
             holders |= 1 << replica.holder
+            if silent[replica.name]:
+                self._assume_prefilled(silent[replica.name], now)
         depths = self.index.lookup(chain, holders)
-        density = self.fleet.bytes_per_token(fields.model)
-        prompt_tokens = max(1, round(len(fields.prompt) / density))
-        block_tokens = TEXT_BLOCK_BYTES / density
-        candidates = [
-            self._candidate(
-                replica, prompt_tokens, int(depths.get(replica.holder, 0) * block_tokens), now
+        density = fleet.bytes_per_token(fields.model)
+        prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
+        candidates = []
+        for replica in replicas:
+            matched_tokens = 0
+            if replica.holder in depths:
+                matched_bytes = chain_bytes(depths[replica.holder])
+                matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
+            candidates.append(
+                Candidate(
+                    replica.name,
+                    matched_tokens,
+                    prompt_tokens - matched_tokens,
+                    replica.queued_tokens,
+                    replica.num_decoding,
+                    fleet.prefill_tokens_per_s(replica),
+                    replica.speed.decode_s,
+                    replica.recent_uncached_tokens(now),
+                )
             )
-            for replica in replicas
-        ]
         decision = self._policy.pick(candidates, self._rng)
         return self._record(
-            replicas[decision.chosen],
-            fields,
-            decision=decision,
-            candidates=candidates,
-            chain=chain,
-            matched_blocks=depths.get(replicas[decision.chosen].holder, 0),
-            now=now,
+            replicas[decision.chosen], fields, decision, candidates, chain, depths, now
         )
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
@@ -186,81 +194,70 @@ class Placer:
         if placement.is_finished:
             return
         placement.is_finished = True
+        self._silent[placement.replica.name].pop(placement.stamp, None)
         replica, first_at = placement.replica, placement.first_byte_at
         if first_at is None:
             self._settle(placement)
             if placement.holder == replica.holder:  # it may never have been computed
-                unmatched = placement.chain[placement.matched_blocks :]
-                self.index.undo(placement.holder, unmatched, placement.stamp)
+                self.index.undo(
+                    placement.holder, placement.chain, placement.matched_blocks, placement.stamp
+                )
         elif num_events >= _MIN_EVENTS_FOR_ITL:
             itl_s = (now - first_at) / (num_events - 1)
             replica.speed.observe_itl(itl_s, max(1, replica.num_decoding))
         replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
 
-    def _assume_prefilled(self, silent: deque[tuple[float, Placement]], now: float) -> None:
+    def _assume_prefilled(self, silent: dict[int, Placement], now: float) -> None:
         """Count requests that are not streamed as decoding once their prefill must be over."""
-        while silent and silent[0][0] <= now:
-            placement = silent.popleft()[1]
-            if not placement.is_finished:
-                self._start_decoding(placement)
+        while silent:
+            stamp, placement = next(iter(silent.items()))
+            if placement.prefilled_at > now:
+                break
+            del silent[stamp]
+            self._start_decoding(placement)
 
     def _start_decoding(self, placement: Placement) -> None:
         if not placement.is_decoding:
             placement.is_decoding = True
             placement.replica.start_decoding(placement.uncached_tokens)
 
-    def _candidate(
-        self, replica: Replica, prompt_tokens: int, matched_tokens: int, now: float
-    ) -> Candidate:
-        matched = min(prompt_tokens - 1, matched_tokens)
-        return Candidate(
-            name=replica.name,
-            matched_tokens=matched,
-            uncached_tokens=prompt_tokens - matched,
-            queued_tokens=replica.queued_tokens,
-            num_decoding=replica.num_decoding,
-            prefill_tokens_per_s=self.fleet.prefill_tokens_per_s(replica),
-            decode_s=replica.speed.decode_s,
-            recent_uncached_tokens=replica.recent_uncached_tokens(now),
-        )
-
-    def _record(
+    def _record(  # noqa: PLR0917
         self,
         replica: Replica,
         fields: RoutingFields,
-        *,
         decision: Decision,
         candidates: list[Candidate],
         chain: list[int],
-        matched_blocks: int,
+        depths: dict[int, int],
         now: float,
     ) -> Placement:
-        self._stamp += 1
+        self._stamp = stamp = self._stamp + 1
         chosen = candidates[decision.chosen]
-        pending = self._pending[replica.name]
+        pending, holder = self._pending[replica.name], replica.holder
+        matched_blocks = depths.get(holder, 0)
+        work_tokens = chosen.queued_tokens + chosen.uncached_tokens
         placement = Placement(
             replica=replica,
             model=fields.model,
             decision=decision,
             candidates=candidates,
-            stamp=self._stamp,
+            stamp=stamp,
             placed_at=now,
+            prefilled_at=now + work_tokens / chosen.prefill_tokens_per_s,
             prompt_bytes=len(fields.prompt),
-            prompt_tokens=chosen.matched_tokens + chosen.uncached_tokens,
             matched_tokens=chosen.matched_tokens,
             uncached_tokens=chosen.uncached_tokens,
-            work_tokens=chosen.queued_tokens + chosen.uncached_tokens,
-            holder=replica.holder,
+            work_tokens=work_tokens,
+            holder=holder,
             chain=chain,
             matched_blocks=matched_blocks,
-            matched_stamps=self.index.stamps(replica.holder, chain[:matched_blocks]),
-            oldest_pending=next(iter(pending), self._stamp),
+            matched_stamps=self.index.stamps(holder, chain[:matched_blocks]),
+            oldest_pending=next(iter(pending), stamp),
         )
-        pending[self._stamp] = None
+        pending[stamp] = None
         if not fields.stream:
-            due = now + placement.work_tokens / chosen.prefill_tokens_per_s
-            self._silent[replica.name].append((due, placement))
-        self.index.add(replica.holder, chain, self._stamp)
+            self._silent[replica.name][stamp] = placement
+        self.index.add(holder, chain, stamp)
         replica.reserve(placement.uncached_tokens, now)
         replica.health.placed(now)
         return placement
@@ -277,9 +274,9 @@ class Placer:
             return
         densest = _DENSITY_SLACK * max(density, self.fleet.bytes_per_token(placement.model))
         cached_bytes = int(cached_tokens * densest) + _TOLERANCE_BYTES
-        if placement.matched_blocks * TEXT_BLOCK_BYTES <= cached_bytes:
+        if chain_bytes(placement.matched_blocks) <= cached_bytes:
             return
         # Not the first that is missing, but the first that surely is: as old or older.
-        missing = placement.matched_stamps[cached_bytes // TEXT_BLOCK_BYTES]
+        missing = placement.matched_stamps[num_whole_blocks(cached_bytes)]
         if missing < placement.oldest_pending:
             self.index.forget_older(placement.holder, missing)

@@ -19,6 +19,8 @@ from roost_router.fleet.replica import Replica
 from roost_wire.load_report import LoadReport, parse_load_report
 
 _MAX_PAGE_BYTES = 8 << 20
+#: Seconds that a start waits for slow replicas while another is up.
+_SLOW_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +55,8 @@ class Poller:
         self._authorization = authorization
         self._interval_s = interval_s
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._num_unasked = len(fleet.replicas)
+        self._has_asked = asyncio.Event()
 
     async def run(self) -> None:
         """Poll until cancelled."""
@@ -63,15 +67,31 @@ class Poller:
             for replica in self._fleet.replicas:
                 tasks.create_task(self._follow(session, replica))
 
+    async def until_asked(self) -> None:
+        """Return when every replica was asked once; those that are slow only hold up a start."""
+        while self._num_unasked:
+            self._has_asked.clear()
+            try:
+                async with asyncio.timeout(_SLOW_S if self._fleet.is_ready else None):
+                    await self._has_asked.wait()
+            except TimeoutError:
+                return
+
     async def _follow(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        await self._look(session, replica)
+        self._num_unasked -= 1
+        self._has_asked.set()
         while True:
-            was = replica.state
-            await self._poll(session, replica)
-            if replica.state is not was:
-                models = ", ".join(replica.models)
-                _log.info("replica %s is %s (%s)", replica.name, replica.state.value, models)
             # A replica that is not up yet is looked at more often: it may be about to be.
             await asyncio.sleep(self._interval_s if replica.is_up else self._interval_s / 4)
+            await self._look(session, replica)
+
+    async def _look(self, session: aiohttp.ClientSession, replica: Replica) -> None:
+        was = replica.state
+        await self._poll(session, replica)
+        if replica.state is not was:
+            models = ", ".join(replica.models)
+            _log.info("replica %s is %s (%s)", replica.name, replica.state.value, models)
 
     async def _poll(self, session: aiohttp.ClientSession, replica: Replica) -> None:
         base = replica.url.rstrip("/")

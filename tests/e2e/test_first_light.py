@@ -12,7 +12,7 @@ import openai
 import pytest
 from processes import Cluster, make_client, metric, start_engine, start_router, until
 
-from roost_loadtest.bench_proxy import cpu_s
+from roost_loadtest.local_processes import cpu_s
 from roost_loadtest.prompts import conversation
 
 

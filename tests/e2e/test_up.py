@@ -13,7 +13,7 @@ from pathlib import Path
 
 from processes import get, until
 
-from roost_loadtest.bench_proxy import free_port
+from roost_loadtest.local_processes import free_port
 
 
 def start_up(*options: str, port: int, admin_port: int) -> subprocess.Popen[str]:

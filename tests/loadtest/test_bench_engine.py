@@ -13,9 +13,9 @@ from processes import start_engine, until
 
 from roost.cli import main
 from roost_loadtest.bench_engine import EngineBenchConfig
-from roost_loadtest.bench_proxy import free_port
 from roost_loadtest.canary import Canary
 from roost_loadtest.client import StreamError
+from roost_loadtest.local_processes import free_port
 from roost_loadtest.peers import (
     DriverEngine,
     Launch,

@@ -36,7 +36,7 @@ async def start_router() -> AsyncIterator[StartRouter]:
     async def start(*fakes: FakeReplica, **options: object) -> Router:
         urls = tuple(fake.url for fake in fakes)
         defaults: dict[str, object] = {"port": 0, "admin_port": 0, "poll_interval_s": 0.05}
-        config = RouterConfig(replicas=urls, drain_s=2.0, **{**defaults, **options})
+        config = RouterConfig(replicas=urls, **{**defaults, "drain_s": 2.0, **options})
         router = Router(config, build_placer(config, Random(1)))
         await router.start()
         routers.append(router)

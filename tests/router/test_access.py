@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
+from random import Random
 
 import aiohttp
 import pytest
 
 from roost_router.access import Access
+from roost_router.app import Router, build_placer
 from roost_router.config import ConfigError, RouterConfig
 from roost_router.keys import make_key
 
@@ -135,3 +139,93 @@ async def test_the_poller_shows_replicas_the_key_they_ask_for(start_router, repl
     await start_router(replicas[0], replica_key_file=tmp_path / "key")
 
     assert set(seen) == {"Bearer sk-replica"}
+
+
+async def complete(router, authorization: str | None) -> tuple[int, bytes]:
+    headers = {} if authorization is None else {"authorization": authorization}
+    body = {"model": "m", "prompt": "x"}
+    url = "http://{}:{}/v1/completions".format(*router.address)
+    async with aiohttp.ClientSession(headers=headers) as session:
+        async with session.post(url, json=body) as answer:
+            return answer.status, await answer.read()
+
+
+async def test_completions_and_models_need_a_key(start_router, replicas, tmp_path):
+    path, (key, other) = key_file(tmp_path / "keys", "alice", "bob")
+    router = await start_router(*replicas, api_keys_file=path)
+
+    for wrong in (None, "", "Bearer", f"Basic {key}", f"Bearer {key}x", f"Bearer {key[:-1]}", key):
+        status, body = await complete(router, wrong)
+        assert status == 401
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("invalid_api_key", "invalid_request_error")
+        assert key[:-1] not in body.decode()
+    assert replicas[0].bodies + replicas[1].bodies == []
+    for right in (key, other):
+        for _ in range(4):  # the router recognises heads that repeat
+            assert (await complete(router, f"Bearer {right}"))[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m", "/v1/nothing", "/"])
+async def test_every_path_asks_for_a_key(start_router, replicas, tmp_path, path):
+    """Who has no key learns nothing, not even which paths there are."""
+    keys, (key,) = key_file(tmp_path / "keys", "alice")
+    router = await start_router(*replicas, api_keys_file=keys)
+    url = "http://{}:{}{}".format(*router.address, path)
+
+    async with aiohttp.ClientSession() as session:
+        async with session.get(url) as answer:
+            assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+        async with session.get(url, headers={"authorization": f"Bearer {key}"}) as answer:
+            assert answer.status == (200 if "models" in path else 404)
+
+
+@pytest.mark.parametrize(
+    ("has_keys", "has_replica_key", "sees"),
+    [
+        (False, False, "client"),
+        (True, False, None),
+        (False, True, "Bearer sk-replica"),
+        (True, True, "Bearer sk-replica"),
+    ],
+)
+async def test_what_replicas_see_of_keys(
+    start_router, replicas, tmp_path, has_keys, has_replica_key, sees
+):
+    keys, (key,) = key_file(tmp_path / "keys", "alice")
+    (tmp_path / "key").write_text("sk-replica\n")
+    files = {"api_keys_file": keys} if has_keys else {}
+    files |= {"replica_key_file": tmp_path / "key"} if has_replica_key else {}
+    router = await start_router(*replicas, **files)
+
+    for _ in range(4):
+        assert (await complete(router, f"Bearer {key}"))[0] == 200
+
+    seen = {headers.get("authorization") for r in replicas for headers in r.headers}
+    assert seen == {f"Bearer {key}" if sees == "client" else sees}
+
+
+async def test_keys_read_again_hold_for_connections_that_are_open(start_router, replicas, tmp_path):
+    path, (key,) = key_file(tmp_path / "keys", "alice")
+    router = await start_router(*replicas, api_keys_file=path)
+    url = "http://{}:{}/v1/models".format(*router.address)
+    async with aiohttp.ClientSession(headers={"authorization": f"Bearer {key}"}) as session:
+        for _ in range(4):
+            async with session.get(url) as answer:
+                assert answer.status == 200
+        path.write_text(make_key(b"n" * 32)[1])
+        router.service.access.reload()
+
+        async with session.get(url) as answer:
+            assert answer.status == 401
+
+
+@pytest.mark.parametrize("option", ["listen_fd", "admin_listen_fd"])
+async def test_a_socket_that_was_opened_for_us_is_judged_too(option):
+    """systemd's, or a supervisor's: the address that counts is the socket's."""
+    with socket.create_server(("0.0.0.0", 0)) as opened:
+        options = {"port": 0, "admin_port": 0, option: os.dup(opened.fileno())}
+        config = RouterConfig(replicas=(URL,), **options)
+
+        with pytest.raises(ConfigError, match="without a key"):
+            await Router(config, build_placer(config, Random(1))).start()

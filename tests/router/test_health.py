@@ -10,13 +10,17 @@ from roost_router.fleet.replica import Replica
 from roost_router.fleet.retry_budget import MIN_PER_S, WINDOW_S, RetryBudget
 from roost_router.fleet.watch import (
     CAUTIOUS_TOKENS_PER_S,
+    GAP_FACTOR,
+    ITL_FACTOR,
     MIN_ITL_S,
     MIN_TTFT_S,
     PATIENCE,
     TTFT_FACTOR,
+    UNKNOWN_GAP_S,
     is_stalled,
     itl_limit_s,
     ttft_limit_s,
+    usual_gap_s,
 )
 from roost_router.index.prefix_index import PrefixIndex
 from roost_wire.load_report import LoadReport
@@ -188,11 +192,20 @@ def test_a_fit_is_not_trusted_beyond_what_was_seen():
 
 def test_running_streams_wait_for_prefills_and_for_their_own_pace():
     busy = replica()
-    base = itl_limit_s(busy, 0.0)
-    assert base >= MIN_ITL_S
-    assert itl_limit_s(busy, 10.0) == 40.0
+    assert itl_limit_s(busy, 0.01, 0.0) == MIN_ITL_S
+    assert itl_limit_s(busy, 0.1, 0.0) == pytest.approx(ITL_FACTOR * 0.1)
+    assert itl_limit_s(busy, 0.1, 10.0) == GAP_FACTOR * 10.0
     busy.queued_tokens = 400
-    assert itl_limit_s(busy, 0.0) == pytest.approx(base + TTFT_FACTOR * 2.0)
+    assert itl_limit_s(busy, 0.01, 0.0) == pytest.approx(MIN_ITL_S + TTFT_FACTOR * 2.0)
+
+
+def test_the_pace_of_a_new_replica_is_that_of_the_slowest_known():
+    new, slow, fast = (replica() for _ in range(3))
+    assert usual_gap_s(new, [new, slow, fast]) == UNKNOWN_GAP_S
+    slow.speed.observe_itl(0.3, 1)
+    fast.speed.observe_itl(0.01, 1)
+    assert usual_gap_s(new, [new, slow, fast]) == 0.3
+    assert usual_gap_s(fast, [new, slow, fast]) == 0.01
 
 
 def test_a_stream_is_stalled_at_its_limit_or_later_if_others_progress():

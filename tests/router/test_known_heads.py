@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from roost_router.config import RouterConfig
 from roost_router.http import downstream
 from roost_router.http.downstream import Downstream, Request
 from roost_router.http.known_heads import (
@@ -58,6 +59,13 @@ class Wire:
     def is_closing(self) -> bool:
         return self.is_closed
 
+    def can_write_eof(self) -> bool:
+        return False
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def get_extra_info(self, name: str) -> None: ...
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -72,13 +80,14 @@ class Wire:
 class Counter:
     """A service that answers each request at once, and notes what it was asked."""
 
+    limits = RouterConfig(replicas=("http://127.0.0.1:1",))
     max_body_bytes = 1000
     is_draining = False
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
 
-    def opened(self, client: Downstream) -> None: ...
+    def opened(self, client: Downstream, address: object) -> None: ...
 
     def closed(self, client: Downstream) -> None: ...
 
@@ -306,8 +315,13 @@ class Listener:
         self.body = b""
         self.end = ""
 
-    def on_head(self, *head: Any) -> None:
-        self.head = head
+    def on_head(self, head: Any) -> None:
+        self.head = (head.status, head.headers, head.lines)
+
+    def on_answer(self, head: Any, body: bytes) -> None:
+        self.on_head(head)
+        self.on_body(body)
+        self.on_end()
 
     def on_body(self, data: bytes) -> None:
         self.body += data
@@ -331,15 +345,7 @@ def hear(data: list[bytes], heads: KnownHeads[Any]) -> tuple[Any, ...]:
         upstream.data_received(piece)
     if wire.is_closed:
         upstream.connection_lost(None)
-    return [told(one) for one in heard], wire.is_closed, pool.kept
-
-
-def told(listener: Listener) -> tuple[Any, ...]:
-    head = listener.head
-    if head is not None:
-        last = head[-1]
-        head = (*head[:-1], getattr(last, "headers", last))
-    return head, listener.body, listener.end
+    return [(one.head, one.body, one.end) for one in heard], wire.is_closed, pool.kept
 
 
 def known_answers() -> KnownHeads[Any]:

@@ -109,3 +109,13 @@ def test_no_bytes_make_the_reader_fail_otherwise(body):
             read_routing_fields(path, body)
         except BadRequestError:
             continue
+
+
+@pytest.mark.parametrize(("one", "other"), [("a" * 300, "b" * 300), ([7] * 80, [8] * 90)])
+def test_of_several_prompts_the_first_leads_and_all_count(one, other):
+    alone, both = completion(one), completion([one, other])
+
+    assert completion([one]) == alone
+    assert both.startswith(alone)
+    assert len(both) >= len(alone) + len(other)
+    assert completion([other, one]) != both

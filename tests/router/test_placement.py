@@ -161,7 +161,7 @@ def test_small_misses_and_silence_correct_nothing(cached_tokens):
 def test_bytes_per_token_follow_the_traffic_and_capacities_follow_them():
     placer = make_placer(1, capacity_tokens=6400)
     before = placer.place(ask(PROMPT), 0.0)
-    assert before.prompt_tokens == 1280
+    assert before.uncached_tokens == 1280
 
     for n in range(200):  # two bytes a token: twice as many tokens, half as many blocks
         placement = placer.place(ask(other_prompt(n)), float(n))
@@ -376,3 +376,24 @@ def test_any_history_leaves_no_load_behind(history):
 
     assert loads(placer) == [(0, 0, 0)] * 3
     assert all(not pending for pending in placer._pending.values())
+
+
+def test_matched_tokens_follow_the_bytes_of_growing_blocks():
+    placer = make_placer(1, capacity_tokens=1 << 20)
+    prompt = bytes(range(256)) * 256  # 64 KB, 16,384 tokens
+    complete(placer, prompt[: 40 << 10], 0.0)
+
+    placement = placer.place(ask(prompt), 10.0)
+
+    assert placement.matched_tokens == (40 << 10) / 4
+    assert placement.uncached_tokens == (24 << 10) / 4
+
+
+def test_a_finished_request_is_forgotten_though_its_prefill_was_to_last_longer():
+    placer = make_placer(1)
+    fields = RoutingFields("m", stream=False, prompt=PROMPT)
+
+    placer.finish(placer.place(fields, 0.0), 0.001)
+
+    assert placer._silent == {"r0": {}}
+    assert loads(placer) == [(0, 0, 0)]

@@ -7,7 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from roost_router.index import prefix_index
 from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.text_chain import BLOCK_BYTES, TEXT_BLOCK_BYTES, chain_bytes
 
 # Chains drawn from a small tree, so that prefixes are shared, extended and evicted a lot.
 CHAINS = [
@@ -45,15 +47,21 @@ class Model:
 
 
 class IndexMachine(RuleBasedStateMachine):
+    """With no slack for outdated entries, so that they are thinned out again and again."""
+
     def __init__(self):
         super().__init__()
+        self.slack, prefix_index._SLACK_BLOCKS = prefix_index._SLACK_BLOCKS, 0
         self.index, self.model, self.stamp = PrefixIndex(), Model(), 0
-        self.last: dict[int, tuple[list[int], int]] = {}
+        self.last: dict[int, tuple[list[int], int, int]] = {}
+
+    def teardown(self):
+        prefix_index._SLACK_BLOCKS = self.slack
 
     @rule(capacity=st.integers(1, 12))
     def open_holder(self, capacity):
         if len(self.model.held) < 5:
-            holder = self.index.open_holder(capacity)
+            holder = self.index.open_holder(capacity * TEXT_BLOCK_BYTES)
             assert holder not in self.model.held
             self.model.held[holder], self.model.capacity[holder] = {}, capacity
 
@@ -68,17 +76,17 @@ class IndexMachine(RuleBasedStateMachine):
         self.stamp += 1
         self.index.add(holder, chain, self.stamp)
         self.model.add(holder, chain, self.stamp)
-        self.last[holder] = (chain[depth:], self.stamp)
+        self.last[holder] = (chain, depth, self.stamp)
 
     @precondition(lambda self: self.model.held)
     @rule(data=st.data())
     def undo(self, data):
         holder = self.pick(data)
         if holder in self.last:
-            blocks, stamp = self.last.pop(holder)
-            self.index.undo(holder, blocks, stamp)
+            chain, depth, stamp = self.last.pop(holder)
+            self.index.undo(holder, chain, depth, stamp)
             held = self.model.held[holder]
-            for block in blocks:
+            for block in chain[depth:]:
                 if held.get(block) == stamp:
                     del held[block]
 
@@ -104,7 +112,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(data=st.data(), capacity=st.integers(1, 12))
     def set_capacity(self, data, capacity):
         holder = self.pick(data)
-        self.index.set_capacity(holder, capacity)
+        self.index.set_capacity(holder, capacity * TEXT_BLOCK_BYTES)
         self.model.capacity[holder] = capacity
         self.model.evict(holder)
 
@@ -123,7 +131,9 @@ class IndexMachine(RuleBasedStateMachine):
         for chain in CHAINS:
             assert self.model.depths(chain, holders) == self.index.lookup(chain, mask)
         for holder in holders:
-            assert len(self.model.held[holder]) == self.index.num_blocks(holder)
+            held = len(self.model.held[holder])
+            assert held == self.index.num_blocks(holder)
+            assert held * TEXT_BLOCK_BYTES == self.index.num_bytes(holder)
 
     @invariant()
     def residency_is_prefix_closed(self):
@@ -142,7 +152,7 @@ def test_lookup_tells_every_holder_its_own_depth():
     chain = list(range(100, 164))
     depths = [1, 2, 63, 64, 64, 0]
     for stamp, depth in enumerate(depths):
-        index.add(index.open_holder(100), chain[:depth], stamp)
+        index.add(index.open_holder(100 * TEXT_BLOCK_BYTES), chain[:depth], stamp)
 
     found = index.lookup(chain, 0b111111)
 
@@ -153,7 +163,7 @@ def test_lookup_tells_every_holder_its_own_depth():
 
 def test_a_chain_longer_than_the_capacity_keeps_its_head():
     index = PrefixIndex()
-    holder = index.open_holder(3)
+    holder = index.open_holder(3 * TEXT_BLOCK_BYTES)
 
     index.add(holder, [1, 2, 3, 4, 5], 1)
     index.trim(holder)
@@ -163,26 +173,59 @@ def test_a_chain_longer_than_the_capacity_keeps_its_head():
 
 def test_a_retired_holder_is_swept_and_its_number_comes_back():
     index = PrefixIndex()
-    old = index.open_holder(10)
+    old = index.open_holder(10 * TEXT_BLOCK_BYTES)
     index.add(old, [1, 2, 3, 4, 5, 6], 1)
 
     index.retire(old)
-    new = index.open_holder(10)
+    new = index.open_holder(10 * TEXT_BLOCK_BYTES)
     assert new != old
     assert index.lookup([1, 2, 3], 1 << new) == {}
     index.add(new, [1, 2], 2)
     index.add(new, [1, 2], 3)
 
     assert repr(index) == "<PrefixIndex 2 blocks | holders 1: 2>"
-    assert old == index.open_holder(10)
+    assert old == index.open_holder(10 * TEXT_BLOCK_BYTES)
 
 
 def test_stamps_are_those_of_the_last_touch():
     index = PrefixIndex()
-    holder = index.open_holder(10)
+    holder = index.open_holder(10 * TEXT_BLOCK_BYTES)
     index.add(holder, [1, 2, 3], 1)
     index.add(holder, [1, 2], 2)
 
     assert index.stamps(holder, [1, 2, 3]) == [2, 2, 1]
     with pytest.raises(KeyError):
         index.stamps(holder, [9])
+
+
+def test_blocks_count_with_their_bytes():
+    index, chain = PrefixIndex(), list(range(100, 200))
+    holder = index.open_holder(chain_bytes(60))
+
+    index.add(holder, chain, 1)
+    assert index.num_bytes(holder) == chain_bytes(100)
+    index.trim(holder)
+    assert index.num_blocks(holder) == 60
+    assert index.num_bytes(holder) == chain_bytes(60)
+
+    index.add(holder, chain[:61], 2)
+    index.undo(holder, chain[:61], 60, 2)
+    assert index.num_bytes(holder) == chain_bytes(60)
+
+    index.set_capacity(holder, chain_bytes(60) - 1)
+    assert index.num_bytes(holder) == chain_bytes(60) - BLOCK_BYTES[59]
+
+
+def test_one_prompt_touched_for_ever_takes_no_more_memory():
+    index, chain = PrefixIndex(), list(range(100, 150))
+    holder = index.open_holder(1 << 30)
+    index.add(holder, list(range(1000, 1100)), 1)
+    for stamp in range(2, 2000):
+        index.add(holder, chain, stamp)
+
+    assert index._held[holder].num_touched <= 2 * 150 + 1024 + 50
+    assert index.num_blocks(holder) == 150
+    assert index.forget_older(holder, 1) == 100
+    assert {holder: 50} == index.lookup(chain, 1 << holder)
+    assert index.forget_older(holder, 1999) == 50
+    assert index.num_bytes(holder) == len(index) == 0

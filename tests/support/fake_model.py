@@ -78,6 +78,12 @@ class FakeModel:
                 self._cache[slot] = _GARBAGE if token_id in self.spoils else token_id
         return [self._next_token(chunk) for chunk in chunks if chunk.wants_logits]
 
+    def spoil(self, chunks: Sequence[Chunk]) -> None:
+        """Leave garbage where these chunks would have written: their step was interrupted."""
+        for chunk in chunks:
+            for offset in range(len(chunk.token_ids)):
+                self._cache[self._slot(chunk, chunk.start + offset)] = _GARBAGE
+
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Logits that make greedy sampling choose `next_tokens`."""
         import torch

@@ -102,6 +102,13 @@ class HandEngine:
         self.outputs += outputs
         return outputs
 
+    def interrupt(self, step: Step) -> None:
+        """The step was begun, and is not computed to its end."""
+        self.model.copy_blocks(step.copies)
+        self.model.spoil(step.chunks)
+        self.scheduler.discard()
+        self.check()
+
     def step(self) -> list[Output]:
         return self.finish(self.schedule())
 

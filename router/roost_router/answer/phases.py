@@ -62,6 +62,10 @@ class Phase(Enum):
     OVER = 6
 
 
+#: A tuple, for it is asked on every request: its members are compared by identity, not hashed.
+_NOTHING_FORWARDED: Final = (Phase.WAITING, Phase.SENT, Phase.HEAD)
+
+
 class Verdict(Enum):
     """What the shell is to do now."""
 
@@ -130,7 +134,7 @@ class Answer:
         """A leg was sent."""
         self._clear_leg()
         self.num_attempts += 1
-        if self.phase in {Phase.WAITING, Phase.SENT, Phase.HEAD}:
+        if self.phase in _NOTHING_FORWARDED:
             self.phase = Phase.SENT
 
     def head(self, status: int, *, is_stream: bool, seed: int | None) -> None:

@@ -24,7 +24,6 @@ _PRIOR_OVERHEAD_S = 0.02
 _PRIOR_S_PER_TOKEN = 1.0 / 2000.0
 _PRIOR_SPREAD = 100.0**2  # tokens squared: what the pull weighs against the spread of the work
 _PRIOR_DECODE_S = 0.005
-_PRIOR_GAP_S = 0.1
 _MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the slope positive
 
 _Sums = tuple[float, ...]
@@ -37,7 +36,8 @@ class Speed:
         self.num_observed = 0
         self.most_tokens = 0.0  # most work that a first token was observed to follow
         self.decode_s = _PRIOR_DECODE_S
-        self.usual_gap_s = _PRIOR_GAP_S  # between events of a stream, whatever else is running
+        #: Between events of a stream, whatever else is running; None before the first observation.
+        self.usual_gap_s: float | None = None
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         #: Slope of the fit, inverted; always positive and finite.
@@ -54,7 +54,8 @@ class Speed:
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
         self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
-        self.usual_gap_s += 0.2 * (itl_s - self.usual_gap_s)
+        before = itl_s if self.usual_gap_s is None else self.usual_gap_s
+        self.usual_gap_s = before + 0.2 * (itl_s - before)
 
     def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)

@@ -22,6 +22,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from roost_router.fleet.replica import Replica
 
 MIN_TTFT_S: Final = 2.0
@@ -31,6 +33,8 @@ ITL_FACTOR: Final = 20.0
 GAP_FACTOR: Final = 4.0
 PATIENCE: Final = 4.0
 CAUTIOUS_TOKENS_PER_S: Final = 200.0
+#: Where no replica has shown its pace yet: a large model on a CPU is alive, too.
+UNKNOWN_GAP_S: Final = 0.5
 
 
 def ttft_limit_s(replica: Replica, work_tokens: int) -> float:
@@ -38,9 +42,20 @@ def ttft_limit_s(replica: Replica, work_tokens: int) -> float:
     return max(MIN_TTFT_S, TTFT_FACTOR * _seconds(replica, work_tokens))
 
 
-def itl_limit_s(replica: Replica, widest_gap_s: float) -> float:
-    """Seconds that a running stream may be silent; its own gaps were at most `widest_gap_s`."""
-    usual = ITL_FACTOR * replica.speed.usual_gap_s
+def usual_gap_s(replica: Replica, replicas: Iterable[Replica]) -> float:
+    """Seconds between events on `replica`; before any was seen, the slowest of the others'."""
+    if replica.speed.usual_gap_s is not None:
+        return replica.speed.usual_gap_s
+    others = [r.speed.usual_gap_s for r in replicas if r.speed.usual_gap_s is not None]
+    return max(others, default=UNKNOWN_GAP_S)
+
+
+def itl_limit_s(replica: Replica, usual_s: float, widest_gap_s: float) -> float:
+    """Seconds that a running stream may be silent.
+
+    `usual_s`: between events there; `widest_gap_s`: between this stream's own, so far.
+    """
+    usual = ITL_FACTOR * usual_s
     queued_s = _seconds(replica, max(0, replica.queued_tokens))
     return max(MIN_ITL_S, usual, GAP_FACTOR * widest_gap_s) + TTFT_FACTOR * queued_s
 

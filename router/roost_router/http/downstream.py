@@ -9,12 +9,20 @@ tell that its client has left. While the client's own buffer is full, none is se
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from collections import deque
 from typing import Protocol
 
 import httptools
 
-from roost_router.errors import BadRequestError, BodyTooLargeError, RouterError
+from roost_router.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    ClientTimeoutError,
+    RouterError,
+)
 from roost_router.http.head import (
     MAX_HEAD_BYTES,
     READ_BYTES,
@@ -23,6 +31,7 @@ from roost_router.http.head import (
     response_head,
 )
 from roost_router.http.known_heads import KnownHead, KnownHeads, read_known_request
+from roost_router.http.patience import For, Limits, Patience, Waiting
 
 MAX_HEADERS = 128
 #: Requests that may wait behind the one being served; their bodies together may be as large as
@@ -90,14 +99,28 @@ class Answering(Protocol):
         ...
 
 
+class ServiceLimits(Limits, Protocol):
+    """Options of the router that bound connections."""
+
+    @property
+    def write_buffer_bytes(self) -> int:
+        """Unsent bytes of an answer before its replica is paused."""
+        ...
+
+
 class Service(Protocol):
     """What a connection needs of the router."""
 
     max_body_bytes: int
     is_draining: bool
 
-    def opened(self, client: Downstream) -> None:
-        """A client connected."""
+    @property
+    def limits(self) -> ServiceLimits:
+        """What bounds connections."""
+        ...
+
+    def opened(self, client: Downstream, address: object) -> RouterError | None:
+        """A client connected from `address`; an error if it is one too many."""
         ...
 
     def closed(self, client: Downstream) -> None:
@@ -125,8 +148,16 @@ class Downstream(asyncio.Protocol):
         self._waiting_bytes = 0  # bodies of waiting requests
         self._body_left = 0  # bytes of a body that llhttp does not read
         self._has_begun = False  # some of a request has come
+        self._num_served = 0  # requests
+        self._num_written = 0  # bytes
+        self._patience = Patience()
         self._is_upgrade = False  # whose head asked for another protocol, see _ignore_upgrade
         self._reset()
+
+    @property
+    def num_served(self) -> int:
+        """Requests that were begun."""
+        return self._num_served
 
     @property
     def is_idle(self) -> bool:
@@ -136,13 +167,18 @@ class Downstream(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send bytes of the answer."""
         if self._transport is not None:
+            self._num_written += len(data)
             self._transport.write(data)
 
     def finish(self, *, keep_alive: bool) -> None:
-        """The answer is complete; serve the next request or close."""
+        """The answer is complete; serve the next request or close.
+
+        `keep_alive`: what the answer's head said. A client that was not told that the connection
+        ends may be sending already.
+        """
         self._active = None
-        if not keep_alive or self._service.is_draining:
-            self.close()
+        if not keep_alive:
+            self._leave()
         elif self._waiting:
             self._serve_next()
         elif self._is_closing:
@@ -163,21 +199,76 @@ class Downstream(asyncio.Protocol):
         self._active = None
         self.close()
 
+    def check(self, now: float) -> None:
+        """End what takes the client too long; see patience.py. `now` in seconds, monotonic."""
+        if self._transport is None:
+            return
+        num_unsent = self._transport.get_write_buffer_size()
+        if num_unsent:
+            num_unsent += _num_unacknowledged(self._transport)
+        waiting = self._waiting_for(num_unsent)
+        if not self._patience.is_over(waiting, self._service.limits, now):
+            return
+        if waiting.what in {For.HEAD, For.BODY}:
+            self.refuse(ClientTimeoutError(waiting.what.value))
+        else:
+            self._transport.abort()
+
+    def _waiting_for(self, num_unsent: int) -> Waiting:
+        num_served = self._num_served
+        if num_unsent:
+            return Waiting(For.WRITE, num_served, self._num_written - num_unsent)
+        if self._active is not None or self._waiting:
+            return Waiting(For.ANSWER, num_served, 0)
+        if self._is_closing:
+            return Waiting(For.LINGER, num_served, 0)
+        if self._has_head or self._body_left:
+            return Waiting(For.BODY, num_served, self._body_bytes)
+        if self._has_begun:
+            return Waiting(For.HEAD, num_served, 0)
+        return Waiting(For.IDLE if num_served else For.FIRST, num_served, 0)
+
     def refuse(self, error: RouterError) -> None:
-        """Answer an error outside any exchange, and close."""
+        """Answer an error outside any exchange, and close.
+
+        First only our side: a client may still be sending, and closing with bytes of its unread
+        would reset the connection, and the answer with it (RFC 9112 §9.6). What still comes is
+        dropped, for LINGER_S at most.
+        """
         self._is_closing = True
         body = error.body()
         headers = [(b"content-type", b"application/json")]
         framing = [b"content-length: %d" % len(body)]
         self.write(response_head(error.status, headers, framing=framing, keep_alive=False) + body)
-        self.close()
+        self._half_close()
+
+    def _leave(self) -> None:
+        """End after an answer that said so. In a drain the client may not have asked for it."""
+        if self._service.is_draining:
+            self._is_closing = True
+            self._waiting.clear()
+            self._half_close()
+        else:
+            self.close()
+
+    def _half_close(self) -> None:
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self.close()
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: a client connected."""
         self._transport = transport  # type: ignore[assignment]
-        self._service.opened(self)
+        assert self._transport is not None
+        self._transport.set_write_buffer_limits(self._service.limits.write_buffer_bytes)
+        address = transport.get_extra_info("peername")
+        error = self._service.opened(self, address[0] if address else None)
+        if error is not None:
+            self.refuse(error)
+            self.close()  # its place counts: it does not linger
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """asyncio: the client is gone."""
@@ -293,8 +384,11 @@ class Downstream(asyncio.Protocol):
             elif name == b"expect":
                 if value.lower() == b"100-continue" and self._active is None:
                     self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            elif name == b"transfer-encoding" and version == "1.0":
-                raise BadRequestError("HTTP/1.0 has no chunked bodies")
+            elif name == b"transfer-encoding" and (
+                # llhttp takes any list that ends in "chunked": what is below would be passed on.
+                value.strip(b" ").lower() != b"chunked" or version == "1.0"
+            ):
+                raise BadRequestError("the only Transfer-Encoding is chunked, in HTTP/1.1")
         if num_hosts != 1 and (num_hosts or version == "1.1"):
             raise BadRequestError("a request has exactly one Host header")
         if version not in {"1.0", "1.1"}:
@@ -408,6 +502,7 @@ class Downstream(asyncio.Protocol):
             self._serve(request)
 
     def _serve(self, request: Request) -> None:
+        self._num_served += 1
         exchange = self._service.answer(self, request)
         self._active = exchange
         exchange.start()
@@ -439,6 +534,21 @@ class Downstream(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._tail = bytearray()  # what comes after _MAX_PIECES pieces
         self._body_bytes = 0
+
+
+def _num_unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes in the kernel that the client has not taken; 0 where the system does not tell.
+
+    A kernel asks for more only when a third of its buffer, which grows to megabytes, is free: a
+    client that reads steadily but slowly would look as if it had stopped.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None:
+        return 0
+    try:
+        return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 class HeadTooLargeError(BadRequestError):

@@ -35,15 +35,13 @@ from roost_router.errors import (
     UpstreamError,
     error_body,
 )
-from roost_router.fleet.watch import MIN_ITL_S, is_stalled, itl_limit_s, ttft_limit_s
-from roost_router.http import head
+from roost_router.fleet.watch import MIN_ITL_S, is_stalled, itl_limit_s, ttft_limit_s, usual_gap_s
 from roost_router.http.head import (
-    Headers,
+    REQUEST_TIMEOUT,
+    ResponseHead,
+    client_head,
     get_header,
-    request_head,
-    response_head,
-    to_client,
-    to_replica,
+    replica_head,
 )
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
@@ -108,6 +106,24 @@ def _guarded(
 class Exchange:
     """Serves one completion request."""
 
+    # What a fresh exchange has; a default of the class costs nothing for each request.
+    _placement: Placement | None = None
+    _first_placement: Placement | None = None  # what the client is told of
+    _upstream: Upstream | None = None
+    _dialling: asyncio.Task[None] | None = None
+    _waiting: asyncio.TimerHandle | None = None
+    _tried: frozenset[str] = frozenset()
+    _head: ResponseHead | None = None  # of the present leg's answer
+    _has_begun = False  # the head went to the client
+    _keep_alive = False  # what it said
+    _is_over = False
+    _is_paused = False  # the client does not read
+    _was_paused = False  # then the pace of events is the client's, not the replica's
+    _ttft_s: float | None = None
+    # of the present leg:
+    _num_events = 0
+    _widest_gap_s = 0.0
+
     def __init__(
         self, service: DataService, client: Downstream, request: Request, fields: RoutingFields
     ) -> None:
@@ -120,28 +136,13 @@ class Exchange:
         self._started_at = now
         self._deadline = now + _timeout_s(request)
         budget = service.placer.fleet.retry_budget(fields.model)
-        if get_header(request.headers, head.RETRY_COUNT) in {None, b"0"}:
-            budget.deposit(now)
-        else:
+        if request.head.is_retry:
             budget.charge(now)
+        else:
+            budget.deposit(now)
         self._answer = Answer(request.body, service.limits, budget, self._deadline)
-        self._placement: Placement | None = None
-        self._first_placement: Placement | None = None  # what the client is told of
-        self._upstream: Upstream | None = None
-        self._dialling: asyncio.Task[None] | None = None
-        self._waiting: asyncio.TimerHandle | None = None
         self._body = request.body  # of the present leg
-        self._tried: frozenset[str] = frozenset()
-        self._headers: Headers = []  # of the present leg's answer
-        self._has_begun = False  # the head went to the client
-        self._is_over = False
-        self._is_paused = False  # the client does not read
-        self._was_paused = False  # then the pace of events is the client's, not the replica's
-        self._ttft_s: float | None = None
-        # of the present leg:
-        self._num_events = 0
-        self._last_at = now  # when it was sent, or last showed a token
-        self._widest_gap_s = 0.0
+        self._last_at = now  # when the present leg was sent, or last showed a token
 
     @_guarded
     def start(self) -> None:
@@ -187,14 +188,21 @@ class Exchange:
     @_guarded
     def expire(self, now: float) -> None:
         """Give up on a request whose time is up, or on a replica that has stalled."""
+        if self._is_over:
+            return
         assert self._placement is not None
         if now < self._deadline:
             self._service.placer.fleet.failed(self._placement.replica, now, stalled=True)
             self._lost(f"the replica made no progress for {now - self._last_at:.1f} s", "stall")
-        elif self._has_begun:
-            self._cut("the time that the client gave is over")
         else:
-            self._fail(DeadlineError())
+            self._lost("the time that the client gave is over", "deadline")
+
+    @_guarded
+    def stop(self) -> None:
+        """The router ends before this request does: its client is told."""
+        if not self._is_over:
+            self._answer.deadline = self._service.now()
+            self._lost("the router was stopped", "stop")
 
     def _has_stalled(self, now: float) -> bool:
         placement = self._placement
@@ -206,7 +214,8 @@ class Exchange:
         if not self._fields.stream:  # shows nothing until it is complete
             limit_s = inf if replica.is_up else _GONE_S
         elif self._num_events:
-            limit_s = itl_limit_s(replica, self._widest_gap_s)
+            usual_s = usual_gap_s(replica, self._service.placer.fleet.replicas)
+            limit_s = itl_limit_s(replica, usual_s, self._widest_gap_s)
         else:
             limit_s = ttft_limit_s(replica, placement.work_tokens)
         return is_stalled(replica, self._last_at, limit_s, now)
@@ -214,23 +223,42 @@ class Exchange:
     # the replica's side (upstream.Listener)
 
     @_guarded
-    def on_head(self, status: int, headers: Headers) -> None:
+    def on_head(self, head: ResponseHead) -> None:
         """The leg's answer begins."""
-        assert self._placement is not None
-        self._headers = headers
-        content_type = get_header(headers, b"content-type") or b""
-        is_stream = content_type.startswith(b"text/event-stream")
-        self._answer.head(status, is_stream=is_stream, seed=_int(headers, head.SEED, 20))
-        if status == 200:
-            prompt = _int(headers, head.PROMPT_TOKENS, 9)
-            self._learn(prompt, _int(headers, head.CACHED_TOKENS, 9))
-            if not is_stream:  # an error computed nothing: its blocks are taken back at the end
-                placer, now = self._service.placer, self._service.now()
-                placer.first_byte(self._placement, now, streamed=False)
+        self._begin_answer(head)
+
+    @_guarded
+    def on_answer(self, head: ResponseHead, body: bytes) -> None:
+        """The leg's answer, all at once."""
+        self._upstream = None  # it is back in its pool
+        self._begin_answer(head)
+        if not body or self._read(body):
+            self._end_answer()
 
     @_guarded
     def on_body(self, data: bytes) -> None:
         """More of the leg's answer."""
+        self._read(data)
+
+    @_guarded
+    def on_end(self) -> None:
+        """The leg's answer is complete."""
+        self._end_answer()
+
+    def _begin_answer(self, head: ResponseHead) -> None:
+        assert self._placement is not None
+        self._head = head
+        self._answer.head(head.status, is_stream=head.is_stream, seed=head.seed)
+        if head.status == 200:
+            self._learn(head.prompt_tokens, head.cached_tokens)
+            if (
+                not head.is_stream
+            ):  # an error computed nothing: its blocks are taken back at the end
+                placer, now = self._service.placer, self._service.now()
+                placer.first_byte(self._placement, now, streamed=False)
+
+    def _read(self, data: bytes) -> bool:
+        """Forward what can be; whether the leg goes on."""
         answer = self._answer
         events = answer.body(data)
         reader = answer.reader
@@ -241,12 +269,11 @@ class Exchange:
                 self._write(events)
                 self._failed_here()
                 self._lost(reader.fault, "fault")
-                return
+                return False
         self._write(events)
+        return True
 
-    @_guarded
-    def on_end(self) -> None:
-        """The leg's answer is complete."""
+    def _end_answer(self) -> None:
         assert self._placement is not None
         self._upstream = None
         answer, now = self._answer, self._service.now()
@@ -268,8 +295,7 @@ class Exchange:
     def on_lost(self, reason: str) -> None:
         """The replica broke off."""
         upstream, self._upstream = self._upstream, None
-        if upstream is not None and upstream.num_requests > 1 and not self._answer.status:
-            # A kept connection that the replica closed meanwhile says nothing of the replica.
+        if upstream is not None and upstream.was_stale:
             self._dialling = asyncio.ensure_future(self._dial())
             return
         if not self._answer.is_done:
@@ -289,6 +315,7 @@ class Exchange:
 
     def _connect(self) -> None:
         assert self._placement is not None
+        self._answer.begin()
         upstream = self._service.pool(self._placement.replica).try_idle()
         if upstream is None:
             self._dialling = asyncio.ensure_future(self._dial())
@@ -302,7 +329,6 @@ class Exchange:
             upstream = await self._service.pool(replica).dial()
         except OSError as error:
             self._dialling = None
-            self._answer.begin()
             if isinstance(error, ConnectionRefusedError):
                 self._service.placer.fleet.refused(replica)
             self._failed_here()
@@ -315,23 +341,19 @@ class Exchange:
     def _send(self, upstream: Upstream) -> None:
         assert self._placement is not None
         self._upstream = upstream
-        self._answer.begin()
-        self._headers = []
+        self._head = None
         self._num_events, self._widest_gap_s = 0, 0.0
         self._last_at = self._service.now()
         request, pool = self._request, self._service.pool(self._placement.replica)
-        headers = to_replica(request.headers)
-        headers.append((head.REQUEST_ID, self._request_id))
-        if self._fields.stream:
-            headers.append((head.RESUMABLE, b"1"))
-        request_bytes = request_head(
-            method=request.method,
-            target=pool.base_path + request.target,
+        start = replica_head(
+            request.head,
+            base_path=pool.base_path,
             host=pool.host,
-            headers=headers,
+            request_id=self._request_id,
+            is_resumable=self._fields.stream,
             body_bytes=len(self._body),
         )
-        upstream.send(self, [request_bytes, self._body])
+        upstream.send(self, [start, self._body])
 
     def _note_progress(self, num_events: int) -> None:
         """Tokens came. The head says nothing: many servers send it at once."""
@@ -350,7 +372,7 @@ class Exchange:
         """Whether a replica is left that was not tried for this request."""
         assert self._placement is not None
         tried = self._tried | {self._placement.replica.name}
-        return self._service.placer.fleet.has_fresh(self._fields.model, tried, self._service.now())
+        return self._service.placer.fleet.has_fresh(self._fields.model, tried)
 
     def _failed_here(self) -> None:
         assert self._placement is not None
@@ -451,44 +473,34 @@ class Exchange:
 
     def _begin(self) -> None:
         self._has_begun = True
-        framing = [] if self._request.is_http_1_0 else [b"transfer-encoding: chunked"]
-        keep_alive = self._request.keep_alive and not self._service.is_draining
-        self._client.write(
-            response_head(
-                self._answer.status,
-                self._answer_headers(),
-                framing=framing,
-                keep_alive=keep_alive,
-            )
-        )
+        assert self._head is not None
+        framing = b"" if self._request.is_http_1_0 else b"transfer-encoding: chunked\r\n"
+        self._client.write(self._client_head(self._head, framing))
 
     def _send_held(self) -> None:
         answer = self._answer
         body = b"".join(answer.held)
-        if answer.status >= 400:
-            body, self._headers = _openai_shaped(answer.status, body, self._headers)
-        start = response_head(
-            answer.status,
-            self._answer_headers(),
-            framing=[b"content-length: %d" % len(body)],
-            keep_alive=self._request.keep_alive and not self._service.is_draining,
-        )
+        head = self._head
+        assert head is not None
+        if head.status >= 400:
+            head, body = _openai_shaped(head, body)
+        start = self._client_head(head, b"content-length: %d\r\n" % len(body))
         self._client.write(start + body)
         self._finish()
 
-    def _answer_headers(self) -> Headers:
+    def _client_head(self, head: ResponseHead, framing: bytes) -> bytes:
         assert self._placement is not None
-        placement, answer = self._placement, self._answer
-        headers = to_client(self._headers)
-        headers += [
-            (head.REQUEST_ID, self._request_id),
-            (head.REPLICA, placement.replica.name.encode()),
-            (head.MATCHED_TOKENS, b"%d" % placement.matched_tokens),
-            (head.ATTEMPTS, b"%d" % answer.num_attempts),
-        ]
-        if answer.cached_tokens is not None:
-            headers.append((head.CACHED_TOKENS, b"%d" % answer.cached_tokens))
-        return headers
+        self._keep_alive = self._service.keeps_alive(self._request)
+        return client_head(
+            head,
+            request_id=self._request_id,
+            replica=self._placement.replica.name.encode(),
+            matched_tokens=self._placement.matched_tokens,
+            attempts=self._answer.num_attempts,
+            cached_tokens=self._answer.cached_tokens,
+            framing=framing,
+            keep_alive=self._keep_alive,
+        )
 
     def _learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
         """What a leg told of the prompt; the first leg's word is the client's."""
@@ -512,13 +524,13 @@ class Exchange:
 
     def _finish(self) -> None:
         self._end(_outcome(self._answer.status), self._answer.status)
-        self._client.finish(keep_alive=self._request.keep_alive)
+        self._client.finish(keep_alive=self._keep_alive)
 
     def _fail(self, error: RouterError) -> None:
         """Answer `error`; nothing was sent to the client before."""
         self._service.send_error(self._client, self._request, error, self._request_id)
         self._end(_outcome(error.status), error.status)
-        self._client.finish(keep_alive=self._request.keep_alive)
+        self._client.finish(keep_alive=self._service.keeps_alive(self._request))
 
     def _error(self) -> RouterError:
         """The last loss, as the client is told of it."""
@@ -582,17 +594,9 @@ def _outcome(status: int) -> Outcome:
     return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK
 
 
-def _int(headers: Headers, name: bytes, max_digits: int) -> int | None:
-    """A number that a replica states in a header, or None."""
-    value = get_header(headers, name)
-    if value is None or len(value) > max_digits or not value.removeprefix(b"-").isdigit():
-        return None
-    return int(value)
-
-
 def _timeout_s(request: Request) -> float:
     """Seconds that the client gives its request. BadRequestError if it is no positive number."""
-    value = get_header(request.headers, head.REQUEST_TIMEOUT)
+    value = request.head.timeout
     if value is None:
         return inf
     try:
@@ -600,24 +604,25 @@ def _timeout_s(request: Request) -> float:
     except ValueError:
         seconds = -1.0
     if not (isfinite(seconds) and seconds > 0):
-        raise BadRequestError(f"{head.REQUEST_TIMEOUT.decode()} must be a positive number")
+        raise BadRequestError(f"{REQUEST_TIMEOUT.decode()} must be a positive number")
     return seconds
 
 
-def _openai_shaped(status: int, body: bytes, headers: Headers) -> tuple[bytes, Headers]:
+def _openai_shaped(head: ResponseHead, body: bytes) -> tuple[ResponseHead, bytes]:
     """The answer if it is a JSON error already, else its text in OpenAI's shape."""
-    if get_header(headers, b"content-encoding") is not None:
-        return body, headers  # compressed unasked: not ours to read
+    if get_header(head.headers, b"content-encoding") is not None:
+        return head, body  # compressed unasked: not ours to read
     try:
         decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         decoded = None
     if isinstance(decoded, dict) and "error" in decoded:
-        return body, headers
+        return head, body
     text = decoded.get("message") if isinstance(decoded, dict) else None
     if not isinstance(text, str):
-        text = body.decode("utf-8", "replace").strip()[:500] or f"the replica answered {status}"
-    headers = [(key, value) for key, value in headers if key != b"content-type"]
+        text = body.decode("utf-8", "replace").strip()[:500]
+        text = text or f"the replica answered {head.status}"
+    headers = [pair for pair in head.headers if pair[0] != b"content-type"]
     headers.append((b"content-type", b"application/json"))
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return error_body(text, kind, None, "upstream_status"), headers
+    kind = "server_error" if head.status >= 500 else "invalid_request_error"
+    return ResponseHead(head.status, headers), error_body(text, kind, None, "upstream_status")

@@ -56,24 +56,40 @@ _OURS = frozenset(
 )
 _ENDS_HERE = _HOP_BY_HOP | _OURS
 _REQUEST_ID = re.compile(names.REQUEST_ID_PATTERN.encode())
+_REPLICA_HEAD = (
+    b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b" + REQUEST_ID + b": %b\r\n%bcontent-length: %d\r\n\r\n"
+)
+_RESUMABLE_LINE = RESUMABLE + b": 1\r\n"
+_CLIENT_HEAD = b"".join(
+    (
+        b"HTTP/1.1 %d %b\r\n%b",
+        REQUEST_ID + b": %b\r\n",
+        REPLICA + b": %b\r\n",
+        MATCHED_TOKENS + b": %d\r\n",
+        ATTEMPTS + b": %d\r\n%b\r\n",
+    )
+)
 
 
 class RequestHead:
     """A client's request line and headers, and what follows from them alone.
 
-    Without Content-Length: that is the body's. Known heads are shared between requests and connections: nothing here may be changed.
+    Without Content-Length: that is the body's. Known heads are shared between requests and
+    connections: nothing here may be changed.
     """
 
     __slots__ = (
         "content_encoding",
         "headers",
         "is_http_1_0",
+        "is_retry",
         "keep_alive",
         "lines",
         "method",
         "path",
         "request_id",
         "target",
+        "timeout",
     )
 
     def __init__(
@@ -94,6 +110,8 @@ class RequestHead:
         given = get_header(headers, REQUEST_ID)
         self.request_id = given if valid_request_id(given) else None
         self.content_encoding = get_header(headers, b"content-encoding")
+        self.is_retry = get_header(headers, RETRY_COUNT) not in {None, b"0"}
+        self.timeout = get_header(headers, REQUEST_TIMEOUT)
         self.lines = head_lines(to_replica(headers))  # what passes on
 
 
@@ -103,14 +121,24 @@ class ResponseHead:
     Without Content-Length, as in RequestHead, and shared as well: never to be changed.
     """
 
-    __slots__ = ("cached_tokens", "content_type", "headers", "lines", "prompt_tokens", "status")
+    __slots__ = (
+        "cached_tokens",
+        "headers",
+        "is_stream",
+        "lines",
+        "prompt_tokens",
+        "seed",
+        "status",
+    )
 
     def __init__(self, status: int, headers: Headers) -> None:
         self.status = status
         self.headers = [pair for pair in headers if pair[0] != b"content-length"]
-        self.content_type = get_header(headers, b"content-type") or b""
-        self.prompt_tokens = _count(get_header(headers, PROMPT_TOKENS))
-        self.cached_tokens = _count(get_header(headers, CACHED_TOKENS))
+        content_type = get_header(headers, b"content-type") or b""
+        self.is_stream = content_type.startswith(b"text/event-stream")
+        self.prompt_tokens = _number(get_header(headers, PROMPT_TOKENS), 9)
+        self.cached_tokens = _number(get_header(headers, CACHED_TOKENS), 9)
+        self.seed = _number(get_header(headers, SEED), 20)
         self.lines = head_lines(to_client(headers))  # what passes on
 
 
@@ -151,14 +179,54 @@ def head_lines(headers: Headers) -> bytes:
     return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
-def request_head(
-    *, method: bytes, target: bytes, host: bytes, headers: Headers, body_bytes: int
+def replica_head(
+    head: RequestHead,
+    *,
+    base_path: bytes,
+    host: bytes,
+    request_id: bytes,
+    is_resumable: bool,
+    body_bytes: int,
 ) -> bytes:
-    """A request head as it goes to a replica, blank line included."""
-    lines = [method + b" " + target + b" HTTP/1.1", b"host: " + host]
-    lines.extend(key + b": " + value for key, value in headers)
-    lines.append(b"content-length: %d\r\n\r\n" % body_bytes)
-    return b"\r\n".join(lines)
+    """A request's head as it goes to a replica, blank line included."""
+    return _REPLICA_HEAD % (
+        head.method,
+        base_path,
+        head.target,
+        host,
+        head.lines,
+        request_id,
+        _RESUMABLE_LINE if is_resumable else b"",
+        body_bytes,
+    )
+
+
+def client_head(
+    head: ResponseHead,
+    *,
+    request_id: bytes,
+    replica: bytes,
+    matched_tokens: int,
+    attempts: int,
+    cached_tokens: int | None,
+    framing: bytes,
+    keep_alive: bool,
+) -> bytes:
+    """A replica's head as it goes to the client. `framing`: whole header lines with their ends."""
+    if cached_tokens is not None:
+        framing = b"%b: %d\r\n%b" % (CACHED_TOKENS, cached_tokens, framing)
+    if not keep_alive:
+        framing += b"connection: close\r\n"
+    return _CLIENT_HEAD % (
+        head.status,
+        _reason(head.status),
+        head.lines,
+        request_id,
+        replica,
+        matched_tokens,
+        attempts,
+        framing,
+    )
 
 
 def response_head(
@@ -181,12 +249,16 @@ def _origin_form(target: bytes) -> bytes:
     return target
 
 
-def _count(value: bytes | None) -> int | None:
-    """A token count that a replica states in a header, or None."""
-    return int(value) if value is not None and value.isdigit() and len(value) < 10 else None
+def _number(value: bytes | None, max_digits: int) -> int | None:
+    """A number that a replica states in a header, or None."""
+    if value is None or len(value) > max_digits or not value.removeprefix(b"-").isdigit():
+        return None
+    return int(value)
 
 
 def _reason(status: int) -> bytes:
+    if status == 200:
+        return b"OK"
     try:
         return HTTPStatus(status).phrase.encode()
     except ValueError:

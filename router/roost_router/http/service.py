@@ -1,6 +1,7 @@
 """The data plane of one router process: routes paths, shares pools, owns the listener.
 
-Paths are denied by default: three are served, none of them administers anything.
+Paths are denied by default: three are served, none of them administers anything. With keys in
+use (gate.py) every path asks for one, also those that do not exist.
 
     POST /v1/chat/completions, /v1/completions   an Exchange with a replica
     GET  /v1/models, /v1/models/{id}             answered here, the union of all replicas
@@ -12,34 +13,55 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 from urllib.parse import unquote
 
 import msgspec
 
+from roost_router.access import Access
 from roost_router.config import RouterConfig
 from roost_router.errors import (
     EncodingError,
+    KeyRequiredError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    OverloadError,
     PathNotFoundError,
     RouterError,
 )
 from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Answering, Downstream, Request
 from roost_router.http.exchange import Exchange, RequestRecord
-from roost_router.http.head import REQUEST_ID, get_header, response_head, valid_request_id
-from roost_router.http.known_heads import KnownHeads, read_known_request
+from roost_router.http.gate import Gate
+from roost_router.http.head import REQUEST_ID, response_head
+from roost_router.http.request_ids import RequestIds
 from roost_router.http.upstream import UpstreamPool
+from roost_router.listening import BACKLOG
 from roost_router.metrics import RouterMetrics
 from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields
 from roost_router.placement import Placer
 
 _MODELS_PATH = "/v1/models"
+_COMPLETIONS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
 #: How often time is looked at, in seconds: half a second's limit is kept to a tenth.
 _SWEEP_S = 0.1
+#: Every so many of these looks, connections are looked at: their limits are of many seconds.
+_SWEEPS_A_CHECK = 10
+#: Failed requests told one by one between two of these; the rest as a number. A fleet that is
+#: down must not fill a disk.
+_MAX_FAILURES_LOGGED = 10
+#: Seconds without a request after which a drain closes a connection: a client that was not told
+#: that its connection ends may send the next one at any time, most of them soon or not at all.
+_QUIET_S = 1.0
+#: Seconds for what the last words to clients take to be sent.
+_FLUSH_S = 0.5
+#: File descriptors for all else: idle connections to replicas, polls, the admin port, libraries.
+_OTHER_FILES = 192
+_MANY_FILES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -62,10 +84,18 @@ class DataService:
         self.now = now
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False
-        self.heads = KnownHeads(read_known_request)
-        self._connections: set[Downstream] = set()
+        self._ids = RequestIds(os.urandom)
+        self.access = Access(config)
+        needs_gate = config.api_keys_file is not None or config.replica_key_file is not None
+        self._gate = Gate(self.access) if needs_gate else None
+        # Dictionaries for their order: what is done to many at once is done in order of arrival.
+        self._connections: dict[Downstream, object] = {}  # with the client's address
+        self._num_from: Counter[object] = Counter()  # connections of each address
+        self._max_connections = min(config.max_connections, _max_connections())
+        self._num_sweeps = 0
+        self._num_failed = 0  # requests, since connections were last looked at
         self._all_closed = asyncio.Event()
-        self._exchanges: set[Exchange] = set()
+        self._exchanges: dict[Exchange, None] = {}
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._pools = {
@@ -85,7 +115,9 @@ class DataService:
     async def listen(self, sock: socket.socket) -> None:
         """Accept clients on `sock`."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Downstream(self), sock=sock, backlog=2048)
+        self._server = await loop.create_server(
+            lambda: Downstream(self), sock=sock, backlog=BACKLOG
+        )
         self.watch()
 
     def watch(self) -> None:
@@ -94,46 +126,104 @@ class DataService:
         now = self.now()
         for exchange in [e for e in self._exchanges if e.is_due(now)]:
             exchange.expire(now)
+        self._num_sweeps += 1
+        if self._num_sweeps % _SWEEPS_A_CHECK == 0:
+            self.check_connections(now)
+            if self._num_failed > _MAX_FAILURES_LOGGED:
+                _log.warning("%d more requests failed", self._num_failed - _MAX_FAILURES_LOGGED)
+            self._num_failed = 0
 
-    async def drain(self, grace_s: float) -> None:
-        """Stop accepting, let streams finish for up to `grace_s` seconds, close the rest."""
-        self.is_draining = True
+    def check_connections(self, now: float) -> None:
+        """End connections whose clients take too long."""
+        for connection in list(self._connections):
+            connection.check(now)
+
+    def keeps_alive(self, request: Request) -> bool:
+        """What an answer that begins now says of its connection."""
+        return request.keep_alive and not self.is_draining
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to whoever else holds the listening socket, if anybody."""
         if self._server is not None:
             self._server.close()
-        for connection in [c for c in self._connections if c.is_idle]:
-            connection.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                while self._connections:
-                    self._all_closed.clear()
-                    await self._all_closed.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Stop accepting, let requests finish for up to `grace_s` seconds, close the rest.
+
+        Meanwhile kept connections are served, each answer saying that its connection ends. Those
+        that stay without a request for _QUIET_S are closed.
+        """
+        self.is_draining = True
+        self.stop_accepting()
+        idle: dict[Downstream, tuple[int, float]] = {}
+        until = self.now() + grace_s
+        while self._connections and self.now() < until:
+            self._close_quiet(idle)
+            await self._until_all_closed(min(_SWEEP_S, until - self.now()))
+        for exchange in list(self._exchanges):
+            exchange.stop()
         for connection in list(self._connections):
             connection.close()
+        await self._until_all_closed(_FLUSH_S)
         for pool in self._pools.values():
             pool.close()
         if self._sweep is not None:
             self._sweep.cancel()
 
-    def opened(self, client: Downstream) -> None:
-        """A client connected."""
-        self._connections.add(client)
+    def _close_quiet(self, idle: dict[Downstream, tuple[int, float]]) -> None:
+        """Close who has been idle for _QUIET_S. `idle`: since when each is, and after how many."""
+        now = self.now()
+        for connection in [c for c in self._connections if c.is_idle]:
+            num_served, since = idle.setdefault(connection, (connection.num_served, now))
+            if num_served != connection.num_served:
+                idle[connection] = (connection.num_served, now)
+            elif now - since >= _QUIET_S:
+                connection.close()
+
+    async def _until_all_closed(self, limit_s: float) -> None:
+        """Wait until no connection is left, for up to `limit_s` seconds."""
+        self._all_closed.clear()
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._all_closed.wait()
+
+    def opened(self, client: Downstream, address: object) -> RouterError | None:
+        """A client connected from `address`; an error if it is one too many."""
+        self._connections[client] = address
+        self._num_from[address] += 1
+        if len(self._connections) > self._max_connections:
+            whose = "this router"
+        elif self._num_from[address] > self.limits.max_connections_per_address:
+            whose = "your address"
+        else:
+            return None
+        self.metrics.refused(OverloadError.status)
+        return OverloadError(f"{whose} has too many connections", code="too_many_connections")
 
     def closed(self, client: Downstream) -> None:
         """A client is gone."""
-        self._connections.discard(client)
+        address = self._connections.pop(client)
+        self._num_from[address] -= 1
+        if not self._num_from[address]:
+            del self._num_from[address]
         if not self._connections:
             self._all_closed.set()
 
     def answer(self, client: Downstream, request: Request) -> Answering:
         """Route a request to what will answer it."""
         try:
-            path = request.target.partition(b"?")[0].decode("ascii")
-            if path in {CHAT_PATH, COMPLETIONS_PATH}:
+            if self._gate is not None:
+                request = self._gate.admit(request)
+            path = request.head.path.decode("ascii")
+            if path in _COMPLETIONS:
                 return self._exchange(client, request, path)
             if path == _MODELS_PATH or path.startswith(_MODELS_PATH + "/"):
                 _require(request, path, b"GET")
                 body, headers = self._models(path), [(b"content-type", b"application/json")]
-                return _Ready(client, request, lambda: _send(client, request, 200, headers, body))
+                return _Ready(
+                    self, client, request, lambda: self._send(client, request, 200, headers, body)
+                )
             raise PathNotFoundError(path)
         except UnicodeDecodeError:
             return self._refusal(client, request, PathNotFoundError("not ASCII"))
@@ -142,10 +232,7 @@ class DataService:
 
     def request_id(self, request: Request) -> bytes:
         """The client's request id if it is fit to be one, else a fresh one."""
-        given = get_header(request.headers, REQUEST_ID)
-        if given is not None and valid_request_id(given):
-            return given
-        return b"req-" + os.urandom(16).hex().encode()
+        return request.head.request_id or self._ids.next()
 
     def send_error(
         self, client: Downstream, request: Request, error: RouterError, request_id: bytes
@@ -159,15 +246,34 @@ class DataService:
             headers.append((b"retry-after", b"%d" % error.retry_after_s))
         if error.should_retry is not None:
             headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
+        if isinstance(error, KeyRequiredError):
+            headers.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowedError):
             headers.append((b"allow", error.allowed.encode()))
-        _send(client, request, error.status, headers, error.body())
+        self._send(client, request, error.status, headers, error.body())
+
+    def _send(
+        self,
+        client: Downstream,
+        request: Request,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        body: bytes,
+    ) -> None:
+        framing = [b"content-length: %d" % len(body)]
+        keep_alive = self.keeps_alive(request)
+        head = response_head(status, headers, framing=framing, keep_alive=keep_alive)
+        client.write(head + (b"" if request.method == b"HEAD" else body))
 
     def ended(self, exchange: Exchange, record: RequestRecord) -> None:
         """An exchange is over."""
-        self._exchanges.discard(exchange)
-        self.metrics.observe(record, known_model=self.placer.fleet.knows(record.model))
+        self._exchanges.pop(exchange, None)
+        is_known = record.replica is not None or self.placer.fleet.knows(record.model)
+        self.metrics.observe(record, known_model=is_known)
         if record.status >= 500 or record.outcome.value == "cut":
+            self._num_failed += 1
+            if self._num_failed > _MAX_FAILURES_LOGGED:
+                return
             _log.warning(
                 "request failed: outcome=%s status=%d replica=%s attempts=%d",
                 record.outcome.value,
@@ -178,17 +284,21 @@ class DataService:
 
     def _exchange(self, client: Downstream, request: Request, path: str) -> Exchange:
         _require(request, path, b"POST")
-        encoding = get_header(request.headers, b"content-encoding")
+        encoding = request.head.content_encoding
         if encoding is not None and encoding.lower() != b"identity":
             raise EncodingError(encoding.decode("latin-1"))
+        if len(self._exchanges) >= self.limits.max_requests:
+            raise OverloadError("this router serves too many requests", code="too_many_requests")
         exchange = Exchange(self, client, request, read_routing_fields(path, request.body))
-        self._exchanges.add(exchange)
+        self._exchanges[exchange] = None
         return exchange
 
     def _refusal(self, client: Downstream, request: Request, error: RouterError) -> Answering:
         self.metrics.refused(error.status)
         request_id = self.request_id(request)
-        return _Ready(client, request, lambda: self.send_error(client, request, error, request_id))
+        return _Ready(
+            self, client, request, lambda: self.send_error(client, request, error, request_id)
+        )
 
     def _models(self, path: str) -> bytes:
         served = self.placer.fleet.models()
@@ -208,7 +318,14 @@ class DataService:
 class _Ready:
     """An answer that is known at once."""
 
-    def __init__(self, client: Downstream, request: Request, send: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        service: DataService,
+        client: Downstream,
+        request: Request,
+        send: Callable[[], None],
+    ) -> None:
+        self._service = service
         self._client = client
         self._request = request
         self._send = send
@@ -216,7 +333,7 @@ class _Ready:
     def start(self) -> None:
         """Write it."""
         self._send()
-        self._client.finish(keep_alive=self._request.keep_alive)
+        self._client.finish(keep_alive=self._service.keeps_alive(self._request))
 
     def client_gone(self) -> None:
         """Nothing is under way."""
@@ -228,18 +345,19 @@ class _Ready:
         """The answer is written already."""
 
 
+def _max_connections() -> int:
+    """Connections of clients for which there are file descriptors, each with one to a replica.
+
+    Beyond, dialling would fail, and look as if replicas were unreachable.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse what they promise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _MANY_FILES if soft == resource.RLIM_INFINITY else soft
+    return max(1, (files - _OTHER_FILES) // 2)
+
+
 def _require(request: Request, path: str, method: bytes) -> None:
     if request.method != method:
         raise MethodNotAllowedError(request.method.decode("latin-1"), path, method.decode())
-
-
-def _send(
-    client: Downstream,
-    request: Request,
-    status: int,
-    headers: list[tuple[bytes, bytes]],
-    body: bytes,
-) -> None:
-    framing = [b"content-length: %d" % len(body)]
-    head = response_head(status, headers, framing=framing, keep_alive=request.keep_alive)
-    client.write(head + (b"" if request.method == b"HEAD" else body))

@@ -28,8 +28,12 @@ _MAX_IDLE = 128
 class Listener(Protocol):
     """Whoever waits for an answer."""
 
-    def on_head(self, status: int, headers: Headers) -> None:
-        """Status and headers came; names in lower case."""
+    def on_head(self, head: ResponseHead) -> None:
+        """Status and headers came."""
+        ...
+
+    def on_answer(self, head: ResponseHead, body: bytes) -> None:
+        """A whole answer came at once: `on_head`, `on_body` and `on_end` in one."""
         ...
 
     def on_body(self, data: bytes) -> None:
@@ -65,6 +69,14 @@ class Upstream(asyncio.Protocol):
         self._may_keep = False  # the replica keeps the connection open
         self._has_excess = False  # bytes came after the end of the answer
         self.num_requests = 0
+
+    @property
+    def was_stale(self) -> bool:
+        """Whether this kept connection ended without a byte of the answer.
+
+        The replica closed it meanwhile: that says nothing of the replica.
+        """
+        return self.num_requests > 1 and not self._has_begun
 
     @property
     def is_open(self) -> bool:
@@ -134,8 +146,12 @@ class Upstream(asyncio.Protocol):
             assert self._known is not None
             start, self._body_left = found
             self._has_head = self._has_length = self._may_keep = True
-            head = self._known.head
-            listener.on_head(head.status, head.headers)
+            if start + self._body_left == len(data):  # the usual case: one whole answer
+                self._listener = None
+                self._release(listener)
+                listener.on_answer(self._known.head, data[start:])
+                return
+            listener.on_head(self._known.head)
             self._read_body(listener, data[start:])
 
     def _find_known(self, data: bytes) -> tuple[int, int] | None:
@@ -212,7 +228,7 @@ class Upstream(asyncio.Protocol):
             name in {b"content-length", b"transfer-encoding"} for name, _ in self._headers
         )
         if self._listener is not None:
-            self._listener.on_head(status, ResponseHead(status, self._headers).headers)
+            self._listener.on_head(ResponseHead(status, self._headers))
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
@@ -229,15 +245,19 @@ class Upstream(asyncio.Protocol):
             self._headers = []  # of an interim answer
 
     def _finish(self) -> None:
-        keep = self._may_keep and not self._has_excess
         listener, self._listener = self._listener, None
+        self._release(listener)
+        if listener is not None:
+            listener.on_end()
+
+    def _release(self, listener: Listener | None) -> None:
+        """The answer is complete: back to the pool, or close."""
+        keep = self._may_keep and not self._has_excess
         if keep and self.is_open and listener is not None:
             self.resume()
             self._pool.keep(self)
         else:
             self.abandon()
-        if listener is not None:
-            listener.on_end()
 
     def _begin_answer(self) -> None:
         self._headers = []

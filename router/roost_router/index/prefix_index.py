@@ -1,28 +1,52 @@
 """Prefix index: which replica is believed to hold how much of a prompt. Pure.
 
-    _holders   block hash -> bitmask of holders      (one dict for the whole fleet)
-    _lru       holder -> {block hash: stamp}, oldest first; `capacity` blocks after `trim`
+    _holders          block hash -> bitmask of holders      (one dict for the whole fleet)
+    _Held.stamps      block hash -> stamp, one dict for each holder
+    _Held.touches     (stamp, blocks, place of the first), one for each placement, oldest first
 
 A *holder* is one epoch of one replica: when a replica restarts, its holder is retired and it
 gets a new one, so that old knowledge disappears in O(1); the retired blocks are swept later, a
 few with each `add`. A *stamp* is the sequence number of the placement that touched the block
-last.
+last; stamps never decrease.
+
+Least recently used without moving anything: touching a chain sets its stamps, one dict update in
+C, and appends one entry to `touches`. A block of an entry whose stamp is another by now was
+touched later and is not this entry's any more. Entries are thinned out when they hold more than
+twice as many blocks as there are, so memory and time stay proportional to what is held.
 
 Invariants
-- Residency is prefix-closed: whoever holds block i of a chain holds blocks 0..i-1. `add`
-  touches a chain from its tail to its head, so a parent is always younger than its children
-  and the oldest block is always a tail; every removal here takes oldest blocks, or a tail
-  that nobody touched since. `lookup` relies on it: holders only disappear along a chain.
-- A bit is in `_holders[h]` exactly when `h` is in that holder's LRU (retired ones included).
+- Residency is prefix-closed: whoever holds block i of a chain holds blocks 0..i-1. A placement
+  stamps a whole chain, so no block is younger than its parent; entries lose their last blocks
+  first; so every removal here takes a tail that nobody touched since. `lookup` relies on it:
+  holders only disappear along a chain.
+- A bit is in `_holders[h]` exactly when `h` is in that holder's stamps (retired ones included).
+- Each held block is in exactly one entry that has its stamp.
 
 Not here: what a block means (text_chain.py), whether the belief is right (placement.py).
 """
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
+
+from roost_router.index.text_chain import BLOCK_BYTES
 
 #: Retired blocks removed with each added block: any number above 1 keeps up with restarts.
 _SWEEP_PER_BLOCK = 4
+#: Outdated blocks that entries may hold besides as many as are held.
+_SLACK_BLOCKS = 1024
+
+
+class _Held:
+    """What one holder holds."""
+
+    __slots__ = ("capacity_bytes", "num_bytes", "num_touched", "stamps", "touches")
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.num_bytes = 0
+        self.stamps: dict[int, int] = {}
+        self.touches: deque[tuple[int, list[int], int]] = deque()
+        self.num_touched = 0  # blocks in `touches`
 
 
 class PrefixIndex:
@@ -30,52 +54,53 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._holders: dict[int, int] = {}
-        self._lru: dict[int, OrderedDict[int, int]] = {}
-        self._capacity: dict[int, int] = {}
-        self._retired: dict[int, OrderedDict[int, int]] = {}
+        self._held: dict[int, _Held] = {}
+        self._retired: dict[int, dict[int, int]] = {}
 
     def __len__(self) -> int:
         """Distinct blocks known, blocks of retired holders included until they are swept."""
         return len(self._holders)
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{holder}: {len(lru)}" for holder, lru in sorted(self._lru.items()))
+        held = ", ".join(f"{holder}: {len(h.stamps)}" for holder, h in sorted(self._held.items()))
         return f"<PrefixIndex {len(self._holders)} blocks | holders {held or 'none'}>"
 
-    def open_holder(self, capacity_blocks: int) -> int:
+    def open_holder(self, capacity_bytes: int) -> int:
         """A new, empty holder (its number is its bit). O(holders)."""
         holder = 0
-        while holder in self._lru or holder in self._retired:
+        while holder in self._held or holder in self._retired:
             holder += 1
-        self._lru[holder] = OrderedDict()
-        self._capacity[holder] = max(1, capacity_blocks)
+        self._held[holder] = _Held(capacity_bytes)
         return holder
 
     def retire(self, holder: int) -> None:
         """Forget everything `holder` held. O(1); the memory returns with later adds."""
-        lru = self._lru.pop(holder)
-        del self._capacity[holder]
-        if lru:
-            self._retired[holder] = lru
+        held = self._held.pop(holder)
+        if held.stamps:
+            self._retired[holder] = held.stamps
 
-    def set_capacity(self, holder: int, capacity_blocks: int) -> None:
-        """Change how many blocks `holder` is believed to keep; the oldest beyond it go."""
-        self._capacity[holder] = max(1, capacity_blocks)
+    def set_capacity(self, holder: int, capacity_bytes: int) -> None:
+        """Change how much `holder` is believed to keep; the oldest blocks beyond it go."""
+        self._held[holder].capacity_bytes = capacity_bytes
         self.trim(holder)
 
     def trim(self, holder: int) -> None:
-        """Evict the oldest blocks beyond the capacity. O(evicted)."""
-        lru, capacity = self._lru[holder], self._capacity[holder]
-        while len(lru) > capacity:
-            self._drop(lru.popitem(last=False)[0], holder)
+        """Evict the oldest blocks beyond the capacity. O(evicted), amortised."""
+        held = self._held[holder]
+        while held.num_bytes > held.capacity_bytes:
+            self._drop_last(holder, held)
 
-    def capacity_blocks(self, holder: int) -> int:
-        """How many blocks `holder` is believed to keep."""
-        return self._capacity[holder]
+    def capacity_bytes(self, holder: int) -> int:
+        """How many bytes of prompts `holder` is believed to keep."""
+        return self._held[holder].capacity_bytes
 
     def num_blocks(self, holder: int) -> int:
         """Blocks that `holder` is believed to hold."""
-        return len(self._lru[holder])
+        return len(self._held[holder].stamps)
+
+    def num_bytes(self, holder: int) -> int:
+        """Bytes of prompts that `holder` is believed to hold."""
+        return self._held[holder].num_bytes
 
     def lookup(self, chain: Sequence[int], holders: int) -> dict[int, int]:
         """Matched blocks from the start of `chain` for each holder in the bitmask `holders`.
@@ -111,53 +136,70 @@ class PrefixIndex:
 
     def stamps(self, holder: int, chain: Sequence[int]) -> list[int]:
         """Stamps of the blocks of `chain`, all of which `holder` must hold."""
-        lru = self._lru[holder]
-        return [lru[block] for block in chain]
+        return list(map(self._held[holder].stamps.__getitem__, chain))
 
     def add(self, holder: int, chain: Sequence[int], stamp: int) -> None:
-        """Note that `holder` holds all of `chain` from now on, and touch it. O(len(chain)).
+        """Note that `holder` holds all of `chain` from now on, and touch it.
 
-        Nothing is evicted yet, see `trim`: the replica may still refuse the prompt.
+        Nothing is evicted yet, see `trim`: the replica may still refuse the prompt. O(blocks
+        that are new) in Python, O(len(chain)) in C.
         """
-        lru, bit, holders = self._lru[holder], 1 << holder, self._holders
-        for block in reversed(chain):  # heads last: they are the youngest, evicted last
-            if block in lru:
-                lru.move_to_end(block)
-            else:
-                holders[block] = holders.get(block, 0) | bit
-            lru[block] = stamp
+        if not chain:
+            return
+        held, holders, bit = self._held[holder], self._holders, 1 << holder
+        stamps, get = held.stamps, holders.get
+        place = len(chain)
+        while place and chain[place - 1] not in stamps:  # prefix-closed: what is new is a tail
+            place -= 1
+            block = chain[place]
+            holders[block] = get(block, 0) | bit
+            held.num_bytes += BLOCK_BYTES[place]
+        stamps.update(dict.fromkeys(chain, stamp))
+        held.touches.append((stamp, list(chain), 0))
+        held.num_touched += len(chain)
+        if held.num_touched > 2 * len(stamps) + _SLACK_BLOCKS:
+            _thin_out(held)
         if self._retired:
             self._sweep(_SWEEP_PER_BLOCK * len(chain))
 
-    def undo(self, holder: int, blocks: Sequence[int], stamp: int) -> None:
-        """Take back blocks that only the placement `stamp` added.
+    def undo(self, holder: int, chain: Sequence[int], num_kept: int, stamp: int) -> None:
+        """Take back the blocks of `chain` after the first `num_kept` that only `stamp` added.
 
-        `blocks` is the part of its chain that was unmatched. Blocks which a later placement
-        touched stay, and with them (heads are younger than tails) everything before them.
+        Blocks which a later placement touched stay, and with them everything before them.
         """
-        lru = self._lru[holder]
-        for block in reversed(blocks):
-            if lru.get(block) == stamp:
-                del lru[block]
-                self._drop(block, holder)
+        held = self._held[holder]
+        for place in range(len(chain) - 1, num_kept - 1, -1):
+            if held.stamps.get(chain[place]) == stamp:
+                self._forget(holder, held, chain[place], place)
 
     def forget_older(self, holder: int, stamp: int) -> int:
         """Drop all blocks last touched at or before `stamp`; returns how many. O(dropped)."""
-        lru, dropped = self._lru[holder], 0
-        while lru:
-            block, touched = next(iter(lru.items()))
-            if touched > stamp:
-                break
-            del lru[block]
-            self._drop(block, holder)
-            dropped += 1
-        return dropped
+        held = self._held[holder]
+        before = len(held.stamps)
+        while held.touches and held.touches[0][0] <= stamp:
+            self._drop_last(holder, held)
+        return before - len(held.stamps)
+
+    def _drop_last(self, holder: int, held: _Held) -> None:
+        """Drop the last block of the oldest entry, if it is still the entry's."""
+        stamp, blocks, first = held.touches[0]
+        block = blocks.pop()
+        held.num_touched -= 1
+        if not blocks:
+            held.touches.popleft()
+        if held.stamps.get(block) == stamp:
+            self._forget(holder, held, block, first + len(blocks))
+
+    def _forget(self, holder: int, held: _Held, block: int, place: int) -> None:
+        del held.stamps[block]
+        held.num_bytes -= BLOCK_BYTES[place]
+        self._drop(block, holder)
 
     def _sweep(self, num_blocks: int) -> None:
-        holder, lru = next(iter(self._retired.items()))
-        for _ in range(min(num_blocks, len(lru))):
-            self._drop(lru.popitem(last=False)[0], holder)
-        if not lru:
+        holder, stamps = next(iter(self._retired.items()))
+        for _ in range(min(num_blocks, len(stamps))):
+            self._drop(stamps.popitem()[0], holder)
+        if not stamps:
             del self._retired[holder]
 
     def _drop(self, block: int, holder: int) -> None:
@@ -166,3 +208,14 @@ class PrefixIndex:
             self._holders[block] = left
         else:
             del self._holders[block]
+
+
+def _thin_out(held: _Held) -> None:
+    """Keep of each entry what is still its own: the blocks after those touched later."""
+    touches: deque[tuple[int, list[int], int]] = deque()
+    for stamp, blocks, first in held.touches:
+        own = [block for block in blocks if held.stamps.get(block) == stamp]
+        if own:
+            touches.append((stamp, own, first + len(blocks) - len(own)))
+    held.touches = touches
+    held.num_touched = len(held.stamps)

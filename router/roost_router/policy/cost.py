@@ -53,7 +53,9 @@ class CostPolicy:
         costs = [cost_s(candidate) for candidate in candidates]
         limit = min(costs) + TIE_S
         tied = [i for i, cost in enumerate(costs) if cost <= limit]
+        if len(tied) == 1:
+            return Decision(tied[0], costs)
         least = min(candidates[i].recent_uncached_tokens for i in tied)
         best = [i for i in tied if candidates[i].recent_uncached_tokens <= least]
         chosen = best[0] if len(best) == 1 else rng.choice(best)
-        return Decision(chosen=chosen, costs_s=costs)
+        return Decision(chosen, costs)

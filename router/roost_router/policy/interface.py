@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from random import Random
 
 
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One replica that could take the request, with all that a policy may look at."""
 
     name: str
@@ -29,7 +29,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     recent_uncached_tokens: float  # prefill work placed there lately, fading
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
+class Decision(msgspec.Struct, frozen=True):
     """The pick, and enough to explain it."""
 
     chosen: int  # index into the candidates

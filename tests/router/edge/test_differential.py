@@ -2,9 +2,9 @@
 
 h11 is another parser with its own opinions; where it is the more lenient one, we refuse and all
 is well. Where we take a request, h11 must see the same method, target and body, or refuse it for
-one of the reasons in HARMLESS (two spaces for one, empty lines before a request): no two servers see
-another end of such a request, and what goes to a replica is written anew. Whatever we write must
-be read by h11 as exactly one request with the same body.
+one of the reasons in HARMLESS (two spaces for one, empty lines before a request): no two servers
+see another end of such a request, and what goes to a replica is written anew. Whatever we write
+must be read by h11 as exactly one request with the same body.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from random import Random
 import h11
 import pytest
 
+from roost_router.config import RouterConfig
 from roost_router.http.downstream import Downstream, Request
-from roost_router.http.head import request_head, to_replica
+from roost_router.http.head import replica_head, to_replica
 
 BODY = b'{"model":"m","prompt":"x"}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nuser-agent: b\r\n"
@@ -28,11 +29,13 @@ SEEDS = [
     b"POST http://a/v1/completions HTTP/1.0\r\ncontent-length: 26\r\n\r\n" + BODY,
 ]
 TOKENS = [
-    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b"\t", b"\x0b", b"\x00", b":", b";", b",", b"=", b'"', b"\xff", b"_",
-    b"0", b"1", b"9", b"a", b"+", b"-", b"0x", b"content-length: 26\r\n", b"Content-Length: 0\r\n",
-    b"content-length:", b"transfer-encoding: chunked\r\n", b"Transfer-Encoding:", b"chunked", b"identity",
-    b"connection: close\r\n", b"connection: content-length\r\n", b"host: b\r\n", b"HTTP/1.1", b"HTTP/1.0", b"1a\r\n",
-    b"0\r\n\r\n", b"expect: 100-continue\r\n", b"x: y\r\n", b" z\r\n", b"/", b"?", b"#", b"%0d%0a", BODY,
+    b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b"\t", b"\x0b", b"\x00", b":", b";", b",", b"=", b'"',
+    b"\xff", b"_", b"0", b"1", b"9", b"a", b"+", b"-", b"0x", b"content-length: 26\r\n",
+    b"Content-Length: 0\r\n", b"content-length:", b"transfer-encoding: chunked\r\n",
+    b"Transfer-Encoding:", b"chunked", b"identity", b"connection: close\r\n",
+    b"connection: content-length\r\n", b"host: b\r\n", b"HTTP/1.1", b"HTTP/1.0", b"1a\r\n",
+    b"0\r\n\r\n", b"expect: 100-continue\r\n", b"x: y\r\n", b" z\r\n", b"/", b"?", b"#",
+    b"%0d%0a", BODY,
 ]  # fmt: skip
 
 #: Substrings of h11's reasons for refusing what we take.
@@ -42,6 +45,7 @@ HARMLESS = ("illegal request line", "no request line received")
 class Recorder:
     """A service that answers each request at once; also its connection's transport."""
 
+    limits = RouterConfig(replicas=("http://127.0.0.1:1",))
     max_body_bytes = 10_000
     is_draining = False
 
@@ -49,7 +53,7 @@ class Recorder:
         self.requests: list[Request] = []
         self.is_open = True
 
-    def opened(self, client: Downstream) -> None: ...
+    def opened(self, client: Downstream, address: object) -> None: ...
 
     def closed(self, client: Downstream) -> None: ...
 
@@ -150,11 +154,12 @@ def test_what_we_take_another_parser_reads_alike(seed):
 
 def check_forwarded(request: Request) -> None:
     """What we write is read as this one request."""
-    sent = request_head(
-        method=request.method,
-        target=request.target,
+    sent = replica_head(
+        request.head,
+        base_path=b"",
         host=b"replica",
-        headers=to_replica(request.headers),
+        request_id=b"one",
+        is_resumable=True,
         body_bytes=len(request.body),
     )
     read, reason = theirs(sent + request.body)

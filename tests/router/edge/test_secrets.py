@@ -120,3 +120,27 @@ async def test_a_flood_of_malformed_requests_to_the_admin_port_is_not_logged(
 
     assert not any("canary" in line for line in lines)
     assert len(lines) <= 20
+
+
+async def test_a_fleet_that_is_down_does_not_flood_the_log(start_router, replicas, caplog):
+    router = await start_router(*replicas)
+    for replica in replicas:
+        replica.fault = "text500"
+    url = "http://{}:{}/v1/completions".format(*router.address)
+    with caplog.at_level(logging.INFO):
+        async with aiohttp.ClientSession() as session:
+
+            async def fail() -> None:
+                async with session.post(url, json={"model": "m", "prompt": PROMPT}) as answer:
+                    assert answer.status >= 500
+                    await answer.read()
+
+            for _ in range(10):
+                await asyncio.gather(*(fail() for _ in range(30)))
+        router.service._sweep.cancel()
+        router.service._num_sweeps = 9
+        router.service.watch()
+        failed = [line for line in caplog.messages if "failed" in line]
+
+    assert 10 <= len(failed) <= 40
+    assert "more requests failed" in failed[-1]
