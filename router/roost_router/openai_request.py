@@ -8,6 +8,8 @@ extends the bytes of the turn before.
     chat         "chat" model salt tools, then for each message: role, content, tool calls
     completions  "text" model salt, then the text, or the token ids as u32; of several prompts all,
                  one after the other: the first decides the place, their sum the work
+    embeddings   "embed" model salt, then the inputs likewise; nothing of them stays in a cache that
+                 another request could use, but their work counts
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from roost_router.errors import BadRequestError
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+EMBEDDINGS_PATH = "/v1/embeddings"
 
 _PARAM = re.compile(r"at `\$\.([^`]+)`|required field `([^`]+)`$")
 _FIELD = b"\x1f"  # ends a field, and
@@ -61,12 +64,19 @@ class _Completion(msgspec.Struct):
     cache_salt: str | None = None
 
 
+class _Embedding(msgspec.Struct):
+    model: str
+    input: Any
+    cache_salt: str | None = None
+
+
+_embedding_decoder = msgspec.json.Decoder(_Embedding)
 _chat_decoder = msgspec.json.Decoder(_Chat)
 _completion_decoder = msgspec.json.Decoder(_Completion)
 
 
 def read_routing_fields(path: str, body: bytes) -> RoutingFields:
-    """Decode `body` of a request to `path` (CHAT_PATH or COMPLETIONS_PATH). O(bytes).
+    """Decode `body` of a request to `path`, one of the three above. O(bytes).
 
     Raises BadRequestError, with `param` where one field is at fault.
     """
@@ -74,8 +84,13 @@ def read_routing_fields(path: str, body: bytes) -> RoutingFields:
         if path == CHAT_PATH:
             chat = _chat_decoder.decode(body)
             return RoutingFields(chat.model, bool(chat.stream), _chat_prompt(chat))
+        if path == EMBEDDINGS_PATH:
+            embedding = _embedding_decoder.decode(body)
+            head = _head(b"embed", embedding.model, embedding.cache_salt)
+            return RoutingFields(embedding.model, False, head + _prompts(embedding.input))
         completion = _completion_decoder.decode(body)
-        prompt = _completion_prompt(completion)
+        prompt = _head(b"text", completion.model, completion.cache_salt)
+        prompt += _prompts(completion.prompt)
         return RoutingFields(completion.model, bool(completion.stream), prompt)
     except msgspec.ValidationError as error:
         raise BadRequestError(str(error), param=_param(str(error))) from None
@@ -114,12 +129,10 @@ def _digest(part: Any) -> bytes:
     return xxh3_128_hexdigest(msgspec.json.encode(part)).encode()
 
 
-def _completion_prompt(completion: _Completion) -> bytes:
-    prompt = completion.prompt
+def _prompts(prompt: Any) -> bytes:
+    """One prompt, or several, one after the other."""
     has_several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
-    prompts = prompt if has_several else [prompt]
-    head = _head(b"text", completion.model, completion.cache_salt)
-    return head + _RECORD.join([_prompt_bytes(one) for one in prompts])
+    return _RECORD.join([_prompt_bytes(one) for one in (prompt if has_several else [prompt])])
 
 
 def _prompt_bytes(prompt: Any) -> bytes:

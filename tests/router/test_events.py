@@ -201,3 +201,12 @@ def test_a_usage_that_is_not_one_is_none():
     )
     assert usage is not None
     assert usage.cached_tokens is None  # more than there was
+
+
+def test_blank_lines_between_events_do_not_hide_token_ids():
+    one = b": roost 7\ndata: " + chunk("a") + b"\n\n"
+    for blank in (b"\n", b"\n\n", b"\r\n\r\n"):
+        for pieces in ((one + blank + one,), (one, blank, one), (one, blank + one)):
+            relayed, emitted, _ = read(*pieces, reports_ids=True)
+            assert emitted.ids() == [7, 7]
+            assert relayed == (b"data: " + chunk("a") + b"\n\n") * 2

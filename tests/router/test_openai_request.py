@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roost_router.errors import BadRequestError
-from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields
+from roost_router.openai_request import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    EMBEDDINGS_PATH,
+    read_routing_fields,
+)
 
 
 def chat(messages, **fields) -> bytes:
@@ -119,3 +124,16 @@ def test_of_several_prompts_the_first_leads_and_all_count(one, other):
     assert both.startswith(alone)
     assert len(both) >= len(alone) + len(other)
     assert completion([other, one]) != both
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("a b", b"a b"), (["a", "b"], b"a\x1eb"), ([1, 2], b"\x01\0\0\0\x02\0\0\0"), (["a"], b"a")],
+)
+def test_inputs_to_embed_are_counted_like_prompts(value, expected):
+    body = json.dumps({"model": "m", "input": value, "encoding_format": "base64"}).encode()
+
+    fields = read_routing_fields(EMBEDDINGS_PATH, body)
+
+    assert fields.prompt == b"embed\x1fm\x1f\x1f" + expected
+    assert not fields.stream

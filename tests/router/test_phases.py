@@ -285,3 +285,10 @@ def test_an_event_that_never_ended_is_not_part_of_what_is_continued():
     answer = streaming(make(), event("a"), event("b")[:-5], seed=None)
     answer.lost("gone", 0.0)
     assert json.loads(answer.next_body("vllm") or b"")["messages"][-1]["content"] == "a"
+
+
+def test_of_an_odd_body_nothing_is_known_but_the_end_is_told():
+    answer = streaming(Answer(b'{"model":"m","x":"\xff"}', LIMITS, RetryBudget(), 9.0), event("a"))
+    assert answer.lost("gone", 0.0) is Verdict.RESUME
+    with pytest.raises(CannotResumeError):
+        answer.next_body("vllm")

@@ -32,7 +32,7 @@ MAX_EVENT_BYTES: Final = 1 << 20
 
 _EMPTY_RAW: Final = msgspec.Raw(b"")
 _NOTHING: Final = frozenset({b"", b"null", b"[]", b"{}", b'""'})
-_BETWEEN: Final = re.compile(rb"\r?\n\r?\n")
+_BETWEEN: Final = re.compile(rb"(?:\r?\n){2,}")
 
 
 class _Delta(msgspec.Struct):
@@ -121,6 +121,11 @@ class EventReader:
         if not end:
             return b""
         whole = data[:end]
+        if whole[0] in b"\r\n":  # blank lines before an event are none
+            whole = whole.lstrip(b"\r\n")
+            end = len(whole)
+            if not end:
+                return b""
         if whole.find(b"\n\n") == end - 2:  # one event, the usual case
             block = self._read(whole[:-2])
             return whole if block is not None and len(block) == end - 2 else _closed(block)

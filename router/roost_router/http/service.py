@@ -1,10 +1,10 @@
 """The data plane of one router process: routes paths, shares pools, owns the listener.
 
-Paths are denied by default: three are served, none of them administers anything. With keys in
+Paths are denied by default: four are served, none of them administers anything. With keys in
 use (gate.py) every path asks for one, also those that do not exist.
 
-    POST /v1/chat/completions, /v1/completions   an Exchange with a replica
-    GET  /v1/models, /v1/models/{id}             answered here, the union of all replicas
+    POST /v1/chat/completions, /v1/completions, /v1/embeddings   an Exchange with a replica
+    GET  /v1/models, /v1/models/{id}     answered here, the union of all replicas
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ from roost_router.http.request_ids import RequestIds
 from roost_router.http.upstream import UpstreamPool
 from roost_router.listening import BACKLOG
 from roost_router.metrics import RouterMetrics
-from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields
+from roost_router.openai_request import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    EMBEDDINGS_PATH,
+    read_routing_fields,
+)
 from roost_router.placement import Placer
 
 _MODELS_PATH = "/v1/models"
-_COMPLETIONS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
+_EXCHANGES = frozenset({CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH})
 #: How often time is looked at, in seconds: half a second's limit is kept to a tenth.
 _SWEEP_S = 0.1
 #: Every so many of these looks, connections are looked at: their limits are of many seconds.
@@ -216,7 +221,7 @@ class DataService:
             if self._gate is not None:
                 request = self._gate.admit(request)
             path = request.head.path.decode("ascii")
-            if path in _COMPLETIONS:
+            if path in _EXCHANGES:
                 return self._exchange(client, request, path)
             if path == _MODELS_PATH or path.startswith(_MODELS_PATH + "/"):
                 _require(request, path, b"GET")

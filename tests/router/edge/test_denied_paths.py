@@ -87,7 +87,6 @@ PATHS = [
     "/models/load",
     "/models/unload",
     "/v1/messages",
-    "/v1/embeddings",
     "/v1/audio/transcriptions",
     "/v1/responses",
     "/v1/batches",
