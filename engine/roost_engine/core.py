@@ -14,6 +14,10 @@ does not know the end of: a stop token of the request's own, a grammar that allo
 
 Requests whose deadline passed while they waited end with DeadlineError.
 
+A step that aborts have made useless is interrupted, where the runner can be (interruption.py).
+It is as if it had not been computed, except that its copies were made: `update` is not called,
+nobody's tokens, rules or cached blocks change, and the next step computes what is still wanted.
+
 A step that raises ends the thread: every request in flight fails with EngineDeadError, later
 ones are refused with it, `is_healthy` turns false, `wait_until_dead` returns, and nobody waits
 for ever. A request whose logits are no numbers fails alone (LogitsError), the others go on.
@@ -34,7 +38,7 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -47,6 +51,7 @@ from roost_engine.engine_errors import (
     EngineStoppingError,
     LogitsError,
 )
+from roost_engine.interruption import Interruption, StepInterruptedError
 from roost_engine.logits import token_logprobs
 from roost_engine.request import FinishReason, Request, TokenLogprobs
 from roost_engine.retry_after import EndRate
@@ -61,7 +66,7 @@ if TYPE_CHECKING:
 
     from roost_engine.batch import BlockCopy, Chunk
     from roost_engine.sampling import Draw, RowEdit
-    from roost_engine.scheduler import Scheduler
+    from roost_engine.scheduler import Scheduler, Step
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -77,6 +82,15 @@ class Runner(Protocol):
 
         Whatever numpy can view; it is read before the next call.
         """
+        ...
+
+
+@runtime_checkable
+class Interruptible(Protocol):
+    """A runner whose `forward` can be ended from another thread."""
+
+    def interrupt(self) -> None:
+        """Make the `forward` under way raise StepInterruptedError soon, unless it is done."""
         ...
 
 
@@ -109,6 +123,8 @@ class EngineCore:
         self._ends = EndRate()  # event loop only
         self._wake = threading.Condition()
         self._inbox: deque[Request | str] = deque()  # under _wake; str: id to abort
+        self._interrupt = runner.interrupt if isinstance(runner, Interruptible) else None
+        self._interruption = Interruption()  # under _wake
         self._should_stop = False  # under _wake
         self._failure: str | None = None  # event loop only; what the step raised
         self._is_dead = asyncio.Event()
@@ -193,7 +209,7 @@ class EngineCore:
         """Stop computing a request and free its blocks; its stream ends with ABORT.
 
         Without effect on a request that has ended. The blocks are free after the step that is
-        being computed now.
+        being computed now, which is interrupted if it was mostly for this request.
         """
         stream = self._streams.pop(request_id, None)
         if stream is not None:
@@ -222,6 +238,8 @@ class EngineCore:
         with self._wake:
             self._inbox.append(message)
             self._wake.notify()
+            if isinstance(message, str) and self._interrupt and self._interruption.leave(message):
+                self._interrupt()  # under the lock: the next step must not hear of it
 
     def _deliver(self, sampled: Sequence[_Sampled]) -> None:
         now = time.monotonic()
@@ -305,7 +323,10 @@ class EngineCore:
         if step.copies:
             assert self._copy_blocks is not None, "a host tier needs somebody who copies"
             self._copy_blocks(step.copies)
-        rows = np.asarray(self._runner.forward(step.chunks))
+        rows = self._compute(step)
+        if rows is None:
+            self.scheduler.discard()
+            return
         requests = step.sampling
         tokens = sample(
             rows,
@@ -320,6 +341,20 @@ class EngineCore:
         if outputs:
             sampled = [_Sampled(output, logprobs.get(output.request.id)) for output in outputs]
             self._call_loop(self._deliver, sampled)
+
+    def _compute(self, step: Step) -> npt.NDArray[np.float32] | None:
+        """Logits of the step; None if it was interrupted."""
+        with self._wake:
+            self._interruption.begin(step)
+            have_left = [message for message in self._inbox if isinstance(message, str)]
+            is_useless = any(self._interruption.leave(request_id) for request_id in have_left)
+        rows = None
+        if not is_useless:
+            with contextlib.suppress(StepInterruptedError):
+                rows = np.asarray(self._runner.forward(step.chunks))
+        with self._wake:
+            self._interruption.end(was_interrupted=rows is None)
+        return rows
 
     def _end_early(self, output: Output) -> Output:
         """End a request that says itself where it ends."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import numpy as np
 
 from roost_engine.batch import Direction
+from roost_engine.interruption import StepInterruptedError
 from roost_engine.loader import shapes
 from roost_kernels.cpu_decoder import (
     CpuDecoder,
@@ -63,7 +64,7 @@ _ENCODINGS: Final = {
 
 
 class NativeRunner:
-    """The model with its KV cache; not thread-safe, one step at a time.
+    """The model with its KV cache; one step at a time, only `interrupt` is thread-safe.
 
     Memory: the packed matrices, plus the cache, whose pages become resident as they are used.
     """
@@ -95,9 +96,17 @@ class NativeRunner:
 
         The chunks' keys and values are left in their blocks. Chunks are independent requests,
         but one may read blocks that another fills in the same step. IndexError for a token,
-        position or block that does not exist.
+        position or block that does not exist. StepInterruptedError after `interrupt`: the chunks'
+        own positions are to be computed again before they are read.
         """
-        return self._decoder.step(chunks)
+        logits = self._decoder.step(chunks)
+        if logits is None:
+            raise StepInterruptedError
+        return logits
+
+    def interrupt(self) -> None:
+        """End the `forward` that another thread is in, soon; without effect if there is none."""
+        self._decoder.interrupt()
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Carry out orders to copy blocks between cache and host memory, in their order."""

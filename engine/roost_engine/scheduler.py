@@ -3,7 +3,7 @@
 There is no prefill phase and no decode phase. A step has a budget of tokens; a request has
 tokens whose KV is missing (one while it decodes, many while it prefills) and gets as many of
 them computed as the budget allows. `schedule` decides, the shell computes (core.py, or the twin
-in simulated.py), `update` takes the sampled tokens in.
+in simulated.py), `update` takes the sampled tokens in, or `discard` forgets the step.
 
     waiting --admit: prefix hit, blocks for all its tokens--> running --eos, max_tokens--> out
        ^ its own place                                           |
@@ -103,6 +103,7 @@ class Counters(msgspec.Struct):
     preemptions: int = 0
     expired: int = 0  # requests whose deadline passed while they waited
     pins_broken: int = 0  # because a request could not have run beside them
+    interrupted_steps: int = 0  # most of whose tokens nobody waited for any more
 
 
 class Scheduler:
@@ -264,6 +265,15 @@ class Scheduler:
             outputs.append(Output(request, token_id, reason))
         self.counters.generation_tokens += len(outputs) - num_failed
         return outputs
+
+    def discard(self) -> None:
+        """Forget the step that `schedule` chose last: it was not computed to its end.
+
+        To be called instead of `update`, after the step's copies were made. Who was scheduled
+        keeps its blocks, of which none was registered, and its `num_computed`: the same tokens
+        are computed into the same slots by the steps to come.
+        """
+        self.counters.interrupted_steps += 1
 
     def __repr__(self) -> str:
         return f"<Scheduler running={self.num_running} waiting={self.num_waiting}>"

@@ -184,7 +184,7 @@ class StepChunk(Protocol):
 
 
 class CpuDecoder:
-    """A model with its paged KV cache. One step at a time; not thread-safe."""
+    """A model with its paged KV cache. One step at a time; only `interrupt` is thread-safe."""
 
     def __init__(self, shape: DecoderShape, weights: DecoderWeights, num_threads: int) -> None:
         """MemoryError if the cache cannot be allocated, ValueError for sizes that do not fit."""
@@ -223,11 +223,12 @@ class CpuDecoder:
         elements = 2 * shape.num_layers * shape.block_size * shape.num_kv_heads * shape.head_dim
         return elements * (4 if shape.kv_is_f32 else 2)
 
-    def step(self, chunks: Sequence[StepChunk]) -> Floats:
+    def step(self, chunks: Sequence[StepChunk]) -> Floats | None:
         """Compute the chunks; logits (chunks that want them, vocab_size) in their order.
 
-        The array is valid until the next step. IndexError for a token, position or block that
-        does not exist.
+        The array is valid until the next step. None: the step was interrupted, and keys and
+        values of the chunks' own positions are undefined; the rest of the cache is as it was.
+        IndexError for a token, position or block that does not exist.
         """
         counts = [len(chunk.token_ids) for chunk in chunks]
         tokens = np.empty(sum(counts), np.int32)
@@ -251,7 +252,7 @@ class CpuDecoder:
         self._check(tokens, tables)
         if num_logits > len(self._logits):
             self._logits = np.empty((num_logits, self._logits_width), np.float32)
-        self._library.roost_decoder_step(
+        is_complete = self._library.roost_decoder_step(
             self._handle,
             tokens.ctypes.data,
             len(tokens),
@@ -260,7 +261,15 @@ class CpuDecoder:
             self._logits.ctypes.data,
             self._logits_width,
         )
-        return self._logits[:num_logits, : self.shape.vocab_size]
+        return self._logits[:num_logits, : self.shape.vocab_size] if is_complete else None
+
+    def interrupt(self) -> None:
+        """Make the step under way return within a few milliseconds, with None.
+
+        To be called from another thread. A step that has not begun, or is all but done, does not
+        hear of it.
+        """
+        self._library.roost_decoder_interrupt(self._handle)
 
     def read_block(self, block: int) -> Bytes:
         """A copy of one block's keys and values, (block_bytes,)."""

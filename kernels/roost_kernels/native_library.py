@@ -26,9 +26,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "roost_decoder_new": (_POINTER, [_POINTER, _POINTER, _I32]),
     "roost_decoder_free": (None, [_POINTER]),
     "roost_decoder_step": (
-        None,
+        _I32,
         [_POINTER, _POINTER, _I32, _POINTER, _I32, _POINTER, _I32],
     ),
+    "roost_decoder_interrupt": (None, [_POINTER]),
     "roost_decoder_copy_block": (None, [_POINTER, _I32, _POINTER, _I32]),
     "roost_sample": (None, [_POINTER, _I32, _I64, _I32, _POINTER, _POINTER]),
 }

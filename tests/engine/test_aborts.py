@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,54 @@ def test_clients_that_go_away_leave_nothing(
     assert core.num_in_flight == core.num_waiting == core.scheduler.num_running == 0
     assert replica.complete("a", max_tokens=3).usage.completion_tokens == 3
     assert not caplog.records, "a client that leaves is nothing to log"
+
+
+@pytest.fixture(scope="module")
+def slow_replica() -> Iterator[Replica]:
+    """With the real model, whose prefills last long enough to be interrupted."""
+    with served_replica() as served:
+        yield served
+
+
+async def ask_and_leave(replica: Replica, rng: random.Random) -> None:
+    """A client with a long prompt of its own that leaves while it is computed."""
+    _, writer = await asyncio.open_connection("127.0.0.1", replica.port)
+    fields = {"prompt": " ".join(str(rng.random()) for _ in range(40)), "max_tokens": 50}
+    body = json.dumps({"model": "smol"} | fields).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    await asyncio.sleep(rng.random() * 0.3)
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+@pytest.mark.model
+def test_who_stays_gets_the_same_answers_while_long_prefills_are_interrupted(
+    slow_replica: Replica,
+) -> None:
+    replica, rng = slow_replica, random.Random(21)
+    asked: list[dict[str, Any]] = [
+        {"prompt": "Once upon a time", "max_tokens": 20},
+        {"prompt": "I am. You are. " * 20, "max_tokens": 20, "temperature": 1.0, "seed": 5},
+    ]
+    expected = [replica.complete(**fields).choices[0].text for fields in asked]
+    counters = replica.frontend.core.scheduler.counters
+    is_over = threading.Event()
+
+    async def others() -> None:
+        while not is_over.is_set():
+            await asyncio.gather(*(ask_and_leave(replica, rng) for _ in range(2)))
+
+    leaving = threading.Thread(target=asyncio.run, args=(others(),))
+    leaving.start()
+    try:
+        while counters.interrupted_steps < 4:
+            for fields, text in zip(asked, expected, strict=True):
+                assert replica.complete(**fields).choices[0].text == text
+    finally:
+        is_over.set()
+        leaving.join()
+
+    replica.until_idle()
+    replica.frontend.core.scheduler.check()

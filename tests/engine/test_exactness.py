@@ -7,7 +7,10 @@ cache, preemption and change of replica, greedy and sampled. The tokens must be 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from tiny_models import VOCAB, hf_model, load_saved, stored_as
 
 from roost_engine.blocks import BlockPool
 from roost_engine.config import CacheConfig, SchedulerConfig
+from roost_engine.interruption import StepInterruptedError
 from roost_engine.loader import LoadedModel, load_model
 from roost_engine.native_runner import NativeRunner, WeightFormat
 from roost_engine.request import FinishReason, Request, SamplingParams
@@ -45,8 +49,14 @@ class Replica:
     def step(self) -> None:
         step = self.scheduler.schedule()
         requests = step.sampling
+        try:
+            logits = self.runner.forward(step.chunks)
+        except StepInterruptedError:
+            self.scheduler.discard()
+            self.scheduler.check()
+            return
         tokens = sample(
-            self.runner.forward(step.chunks),
+            logits,
             [request.sampling for request in requests],
             [len(request.token_ids) for request in requests],
             draw=sample_rows,
@@ -187,6 +197,47 @@ def test_another_replica_goes_on_with_the_same_tokens(
     )
 
     assert emitted + rest == expected
+
+
+@contextmanager
+def interrupts(runner: NativeRunner) -> Iterator[None]:
+    """At random moments of the steps computed meanwhile, from another thread."""
+    is_over = threading.Event()
+    rng = random.Random(3)
+
+    def go_on() -> None:
+        while not is_over.wait(rng.choice([0.0001, 0.001, 0.01]) * rng.random()):
+            runner.interrupt()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@GREEDY_AND_SAMPLED
+@pytest.mark.parametrize("max_chunk", [7, 1024])
+def test_interrupted_steps_change_no_token(
+    subject: Subject, sampling: dict[str, float], max_chunk: int
+) -> None:
+    num_interrupted = 0
+    while num_interrupted < 10:
+        replica = subject.replica(max_step_tokens=max_chunk + COMPANY + 1)
+        replica.add_company(subject.prompt)
+        request = _request("asked", subject.prompt, **sampling)
+        replica.scheduler.add(request)
+        while request.finish_reason is None:
+            with interrupts(replica.runner):
+                for _ in range(5):
+                    replica.step()
+            replica.step()  # by itself, so that there is progress
+
+        tokens = request.token_ids[request.num_prompt_tokens :]
+        assert tokens == subject.expected(sampling)
+        num_interrupted += replica.scheduler.counters.interrupted_steps
 
 
 def test_seeds_matter(subject: Subject) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved, stored_as
 from roost_engine.backend import BackendError, BackendOptions, build_backend, weight_bytes
 from roost_engine.batch import BlockCopy, Chunk, Direction
 from roost_engine.config import CacheConfig
+from roost_engine.interruption import StepInterruptedError
 from roost_engine.loader import LoadedModel, load_model, shapes
 from roost_engine.loader.stored import Encoding, stored_floats
 from roost_engine.native_runner import NativeRunner, WeightFormat, _Packer
@@ -213,6 +215,40 @@ def test_blocks_survive_a_stay_in_host_memory(tmp_path: Path) -> None:
 
     restored = runner.forward([chunk(74, 75, [10, 11, 12, 13, 4])])[0]
     assert np.array_equal(restored, expected)
+
+
+def test_an_interrupted_step_spoils_its_own_positions_only(tmp_path: Path) -> None:
+    runner = native(load_saved(hf_model("llama", **_SIZES), tmp_path))
+    beginning = chunk(0, 48, [0, 1, 2], wants_logits=False)
+    rest = chunk(48, 75, [0, 1, 2, 3, 4])
+    runner.forward([beginning])
+    expected = runner.forward([rest])[0].copy()
+
+    runner.interrupt()  # nothing is under way, so the next step must not hear of it
+    assert np.array_equal(runner.forward([rest])[0], expected)
+
+    for _ in range(20):
+        _interrupt_while_computing(runner, rest)
+        assert np.array_equal(runner.forward([rest])[0], expected)
+
+
+def _interrupt_while_computing(runner: NativeRunner, step: Chunk) -> None:
+    """Compute a step again and again, until one was interrupted."""
+    is_interrupted = threading.Event()
+
+    def interrupt() -> None:
+        while not is_interrupted.wait(0.0003):
+            runner.interrupt()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(StepInterruptedError):
+            while True:
+                runner.forward([step])
+    finally:
+        is_interrupted.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

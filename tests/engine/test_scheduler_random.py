@@ -52,7 +52,10 @@ class RandomUse:
         step = self.engine.schedule()
         if self.rng.random() < 0.1:
             self.abort()
-        self.engine.finish(step)
+        if self.rng.random() < 0.2:
+            self.engine.interrupt(step)
+        else:
+            self.engine.finish(step)
 
     def abort(self) -> None:
         if self.requests:

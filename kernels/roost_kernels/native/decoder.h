@@ -130,8 +130,9 @@ class Decoder {
     cache_ = Memory(layer_elements_ * element * config.num_layers);
   }
 
-  // Compute the chunks; logits: (chunks that want them, logits_width) in their order.
-  void step(const int32_t* tokens, int num_tokens, const StepChunk* chunks, int num_chunks,
+  // Compute the chunks; logits: (chunks that want them, logits_width) in their order. False if it
+  // was interrupted: logits, and keys and values of the chunks' own positions, are then undefined.
+  bool step(const int32_t* tokens, int num_tokens, const StepChunk* chunks, int num_chunks,
             float* logits, int logits_width) {
     tokens_ = tokens;
     num_tokens_ = num_tokens;
@@ -140,11 +141,14 @@ class Decoder {
     logits_width_ = logits_width;
     plan(num_chunks);
     const int num_shares = config_.num_layers * 12 + 3;  // as `compute` counts them at most
-    team_.run(num_shares, [this](int thread) {
+    return team_.run(num_shares, [this](int thread) {
       if (config_.kv_is_f32) compute<float>(thread);
       else compute<half>(thread);
     });
   }
+
+  // Make the step under way return early, if there is one. From any thread.
+  void interrupt() { team_.interrupt(); }
 
   // A block's keys and values of all layers, to or from `elements` (layers, block).
   void copy_block(int block, uint8_t* elements, bool into_cache) const {

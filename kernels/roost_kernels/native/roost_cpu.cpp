@@ -81,11 +81,15 @@ void* roost_decoder_new(const DecoderConfig* config, const ModelWeights* model, 
 
 void roost_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
-void roost_decoder_step(void* decoder, const int32_t* tokens, int num_tokens,
-                        const StepChunk* chunks, int num_chunks, float* logits, int logits_width) {
-  static_cast<Decoder*>(decoder)->step(tokens, num_tokens, chunks, num_chunks, logits,
-                                       logits_width);
+// 1, or 0 if it was interrupted.
+int roost_decoder_step(void* decoder, const int32_t* tokens, int num_tokens,
+                       const StepChunk* chunks, int num_chunks, float* logits, int logits_width) {
+  return static_cast<Decoder*>(decoder)->step(tokens, num_tokens, chunks, num_chunks, logits,
+                                              logits_width);
 }
+
+// From any thread, while another one is in `roost_decoder_step`.
+void roost_decoder_interrupt(void* decoder) { static_cast<Decoder*>(decoder)->interrupt(); }
 
 void roost_decoder_copy_block(void* decoder, int block, uint8_t* elements, int into_cache) {
   static_cast<Decoder*>(decoder)->copy_block(block, elements, into_cache != 0);

@@ -7,6 +7,10 @@
 // items, and helps the others when it is through. So a thread that the system has taken off its
 // core holds up the others by one item at most. Results do not depend on who computes what, so
 // where the system grants fewer threads than asked for, the team is smaller.
+//
+// A run can be interrupted: items that nobody has begun are left out, to the end of the run. Who
+// sees the flag brings it to the others with the next barrier, so that nothing is computed from
+// what was left out.
 #pragma once
 
 #include <sched.h>
@@ -52,9 +56,11 @@ class Team {
 
   int size() const { return num_threads_; }
 
-  // Call body(thread index) on every thread; returns when all have. One caller at a time.
+  // Call body(thread index) on every thread; returns when all have, true unless interrupted. One
+  // caller at a time.
   template <class Body>
-  void run(int num_shares, Body&& body) {
+  bool run(int num_shares, Body&& body) {
+    is_interrupted_.store(false, std::memory_order_relaxed);
     const int num_cursors = num_shares * num_threads_;
     if (num_cursors > num_cursors_) {
       num_cursors_ = num_cursors;
@@ -67,7 +73,11 @@ class Team {
     start_.notify_all();
     call_(context_, 0);
     barrier();
+    return !is_interrupted_.load(std::memory_order_relaxed);
   }
+
+  // Leave out the rest of the run under way, if there is one. From any thread.
+  void interrupt() { is_interrupted_.store(true, std::memory_order_relaxed); }
 
   // Every thread of the team must come here before any goes on.
   void barrier() {
@@ -93,8 +103,10 @@ class Team {
       const int first = static_cast<int64_t>(num_items) * owner / num_threads_;
       const int end = static_cast<int64_t>(num_items) * (owner + 1) / num_threads_;
       std::atomic<int>& taken = cursors_[share_index * num_threads_ + owner].taken;
-      for (int item; (item = first + taken.fetch_add(1, std::memory_order_relaxed)) < end;)
+      for (int item; (item = first + taken.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        if (is_interrupted_.load(std::memory_order_relaxed)) break;
         body(item);
+      }
     }
     barrier();
   }
@@ -128,6 +140,7 @@ class Team {
   void* context_ = nullptr;
   void (*call_)(void*, int) = nullptr;
   std::atomic<bool> stopping_{false};
+  alignas(64) std::atomic<bool> is_interrupted_{false};
   alignas(64) std::atomic<unsigned> start_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> phase_{0};  // wraps after a day
