@@ -27,6 +27,12 @@ def test_the_router_imports_nothing_heavy(statement):
     assert not HEAVY & imported_by(statement)
 
 
+def test_what_the_router_alone_can_do_needs_no_aiohttp():
+    """One HTTP implementation; another costs 15 MB and 0.2 s of each start (decisions/0015)."""
+    statement = "import roost_router.app, roost_router.supervisor, roost_loadtest.bench_proxy"
+    assert "aiohttp" not in imported_by(statement)
+
+
 def test_help_imports_only_the_command_line():
     assert not (HEAVY | {"aiohttp", "uvloop", "prometheus_client"}) & imported_by(
         "import roost.cli"

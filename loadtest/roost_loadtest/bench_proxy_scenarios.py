@@ -26,7 +26,7 @@ from roost_loadtest.bench_proxy_load import (
     stream_request,
 )
 from roost_loadtest.bench_proxy_routers import Target
-from roost_loadtest.served_load import percentile
+from roost_loadtest.percentile import percentile
 
 Figures = dict[str, float]
 

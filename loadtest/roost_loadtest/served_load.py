@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 
 from roost_loadtest.client import StreamError
+from roost_loadtest.percentile import percentile
 
 _LOWEST_ID, _HIGHEST_ID = 1000, 30_000
 
@@ -72,12 +73,6 @@ async def run_served(url: str, model: str, workload: ServedWorkload, seed: int) 
         seconds = time.perf_counter() - started
     ttfts = sorted(ttft_s for ttfts in of_clients for ttft_s in ttfts)
     return ServedResult(seconds, percentile(ttfts, 0.5), percentile(ttfts, 0.95))
-
-
-def percentile(ordered: list[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed (nearest rank)."""
-    rank = max(1, -(-int(share * 1000) * len(ordered) // 1000))
-    return ordered[rank - 1]
 
 
 def _bodies(model: str, workload: ServedWorkload, seed: int) -> list[dict[str, Any]]:

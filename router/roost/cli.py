@@ -491,8 +491,13 @@ def up(context: click.Context, /, demo: bool, stay: bool, **options: Any) -> Non
     import asyncio
 
     from roost.cluster import ClusterConfig, ClusterError
-    from roost.up import run_up
 
+    try:
+        from roost.up import run_up
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"`roost up` starts engines, which need {error.name}: pip install 'roost[engine]'"
+        ) from None
     verbose = context.parent is not None and context.parent.params["verbose"]
     config = ClusterConfig(verbose=verbose, **options)
     try:

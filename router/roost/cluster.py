@@ -21,14 +21,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 
-import aiohttp
 import msgspec
+
+from roost_router.http.page import PageError, get_page
+from roost_router.http.upstream import UpstreamPool
 
 _READY = re.compile(r"^ready: (?P<model>.*) on (?P<url>http://\S+)")
 _LINE_END = re.compile(r"[\r\n]+")
 _LAST_LINES = 12
 _MAX_LINE = 4096
 _STOP_S = 15.0
+_READY_S = 5.0  # for the router to say whether it is ready
 
 
 class ClusterError(Exception):
@@ -210,11 +213,13 @@ class Cluster:
 
     async def _until_routing(self) -> None:
         """Wait until the router counts every replica as up."""
-        async with aiohttp.ClientSession() as session:
+        loop = asyncio.get_running_loop()
+        with contextlib.closing(UpstreamPool(self.admin_url, loop, _READY_S)) as admin:
             while True:
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with session.get(f"{self.admin_url}/ready") as answer:
-                        up = (await answer.json()).get("replicas_up", [])
+                with contextlib.suppress(PageError, OSError):
+                    page = await get_page(admin, b"/ready", None, _READY_S)
+                    if page.status == 200:
+                        up = msgspec.json.decode(page.body)["replicas_up"]
                         if len(up) == self._config.num_replicas:
                             return
                 await asyncio.sleep(0.05)

@@ -6,90 +6,176 @@ GET /metrics   Prometheus
 GET /replicas  what the router believes of its replicas, as JSON
 
 With admin keys, /metrics and /replicas ask for one; orchestrators probe the other two without.
-Every error is in OpenAI's shape, as on the data port.
+HEAD is answered wherever GET is: some load balancers probe with it. Every error is in OpenAI's
+shape, as on the data port, and connections are bounded as there, in a smaller number: a service
+beside the data plane's for the same Downstream.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from typing import Any
+import socket
+from typing import Any, NamedTuple
 
 import msgspec
-from aiohttp import web
-from aiohttp.typedefs import Handler
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from roost_router.access import Access
 from roost_router.errors import (
     KeyRequiredError,
     MethodNotAllowedError,
+    OverloadError,
     PathNotFoundError,
     RouterError,
 )
 from roost_router.fleet.replica import Replica
+from roost_router.http.downstream import Answering, Downstream, Request, ServiceLimits
+from roost_router.http.head import Headers, get_header
+from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.service import DataService
 from roost_router.placement import Placer
 
+#: Probes and scrapers are few. service.py leaves file descriptors for so many.
+MAX_CONNECTIONS = 64
+#: No page reads a body; who sends one all the same may keep its connection.
+_MAX_BODY_BYTES = 64 * 1024
+#: How often connections are looked at, in seconds: their limits are of many.
+_CHECK_S = 1.0
+#: Seconds for the last answers to be sent.
+_FLUSH_S = 0.5
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 _log = logging.getLogger(__name__)
 
 
-def make_admin_app(service: DataService, access: Access) -> web.Application:
-    """The aiohttp application of the admin port."""
+class _Page(NamedTuple):
+    body: bytes
+    status: int = 200
+    content_type: bytes = b"application/json"
 
-    @web.middleware
-    async def judge(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """A request boundary: who has no key is refused, and every error has OpenAI's shape."""
+
+class AdminService:
+    """Everything that the connections of the admin port share."""
+
+    def __init__(self, service: DataService, access: Access, limits: ServiceLimits) -> None:
+        """`service`: what the pages tell of. `limits`: how long clients may take."""
+        self.limits = limits
+        self.max_body_bytes = _MAX_BODY_BYTES
+        self.is_draining = False  # told by /ready; the port itself is open until it closes
+        self._service = service
+        self._access = access
+        self._connections: dict[Downstream, None] = {}
+        self._all_closed = asyncio.Event()
+        self._server: asyncio.Server | None = None
+        self._check: asyncio.TimerHandle | None = None
+        self._pages = {
+            "/health": self._health,
+            "/ready": self._ready,
+            "/metrics": self._metrics,
+            "/replicas": self._replicas,
+        }
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept clients on `sock`."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Downstream(self), sock=sock, backlog=MAX_CONNECTIONS
+        )
+        self._watch()
+
+    async def close(self) -> None:
+        """Stop listening and end connections, answers sent. Again: nothing."""
+        if self._server is not None:
+            self._server.close()
+        if self._check is not None:
+            self._check.cancel()
+        self._all_closed.clear()
+        for connection in list(self._connections):
+            connection.close()
+        if self._connections:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._all_closed.wait()
+
+    def _watch(self) -> None:
+        self._check = asyncio.get_running_loop().call_later(_CHECK_S, self._watch)
+        self.check_connections(self._service.now())
+
+    def check_connections(self, now: float) -> None:
+        """End connections whose clients take too long."""
+        for connection in list(self._connections):
+            connection.check(now)
+
+    # Downstream's side
+
+    def opened(self, client: Downstream, address: object) -> RouterError | None:  # noqa: ARG002
+        """A client connected; an error if it is one too many."""
+        self._connections[client] = None
+        if len(self._connections) <= MAX_CONNECTIONS:
+            return None
+        return OverloadError("the admin port has too many connections", code="too_many_connections")
+
+    def closed(self, client: Downstream) -> None:
+        """A client is gone."""
+        del self._connections[client]
+        if not self._connections:
+            self._all_closed.set()
+
+    def answer(self, client: Downstream, request: Request) -> Answering:
+        """The page asked for, or why not. A request boundary: a defect of ours ends here."""
         try:
-            if access.admin_keys is not None and request.path not in _OPEN_PATHS:
-                given = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
-                if access.admin_keys.owner(given) is None:
-                    return _error(KeyRequiredError(has_key=bool(given)))
-            return await handler(request)
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            return _error(MethodNotAllowedError(request.method, request.path, allowed))
-        except web.HTTPNotFound:
-            return _error(PathNotFoundError(request.path))
+            page = self._page(request)
+        except RouterError as error:
+            return _answer(client, request, error.status, error_headers(error), error.body())
         except Exception:  # noqa: BLE001
             _log.exception("an admin page failed by a defect of the router")
-            return _error(RouterError("the router failed to make this page"))
+            failed = RouterError("the router failed to make this page")
+            return _answer(client, request, failed.status, error_headers(failed), failed.body())
+        headers = [(b"content-type", page.content_type)]
+        return _answer(client, request, page.status, headers, page.body)
 
-    async def health(_: web.Request) -> web.Response:
-        return web.json_response({"status": "alive"})
+    def _page(self, request: Request) -> _Page:
+        path = request.head.path.decode("latin-1")
+        keys = self._access.admin_keys
+        if keys is not None and path not in _OPEN_PATHS:
+            given = get_header(request.headers, b"authorization")
+            if keys.owner(given) is None:
+                raise KeyRequiredError(has_key=bool(given))
+        make = self._pages.get(path)
+        if make is None:
+            raise PathNotFoundError(path)
+        if request.method not in {b"GET", b"HEAD"}:
+            raise MethodNotAllowedError(request.method.decode("latin-1"), path, "GET, HEAD")
+        return make()
 
-    async def ready(_: web.Request) -> web.Response:
+    # the pages
+
+    def _health(self) -> _Page:
+        return _Page(b'{"status":"alive"}')
+
+    def _ready(self) -> _Page:
+        service = self._service
         up = [replica.name for replica in service.placer.fleet.replicas if replica.is_up]
         is_ready = bool(up) and not service.is_draining
         body = {"ready": is_ready, "draining": service.is_draining, "replicas_up": up}
-        return web.json_response(body, status=200 if is_ready else 503)
+        return _Page(msgspec.json.encode(body), status=200 if is_ready else 503)
 
-    async def metrics(_: web.Request) -> web.Response:
-        page = generate_latest(service.metrics.registry)
-        return web.Response(body=page, headers={"content-type": CONTENT_TYPE_LATEST})
+    def _metrics(self) -> _Page:
+        page = generate_latest(self._service.metrics.registry)
+        return _Page(page, content_type=CONTENT_TYPE_LATEST.encode())
 
-    async def replicas(_: web.Request) -> web.Response:
-        placer = service.placer
-        body = msgspec.json.encode([_describe(placer, r) for r in placer.fleet.replicas])
-        return web.Response(body=body, content_type="application/json")
-
-    app = web.Application(middlewares=[judge])
-    app.router.add_get("/health", health)
-    app.router.add_get("/ready", ready)
-    app.router.add_get("/metrics", metrics)
-    app.router.add_get("/replicas", replicas)
-    return app
+    def _replicas(self) -> _Page:
+        placer = self._service.placer
+        return _Page(msgspec.json.encode([_describe(placer, r) for r in placer.fleet.replicas]))
 
 
-def _error(error: RouterError) -> web.Response:
-    headers = {}
-    if isinstance(error, KeyRequiredError):
-        headers["www-authenticate"] = "Bearer"
-    elif isinstance(error, MethodNotAllowedError):
-        headers["allow"] = error.allowed
-    return web.Response(
-        body=error.body(), status=error.status, content_type="application/json", headers=headers
-    )
+def _answer(
+    client: Downstream, request: Request, status: int, headers: Headers, body: bytes
+) -> Ready:
+    keep_alive = request.keep_alive
+    answer = whole_answer(request, status, headers, body, keep_alive=keep_alive)
+    return Ready(client, answer, keep_alive=keep_alive)
 
 
 def _describe(placer: Placer, replica: Replica) -> dict[str, Any]:

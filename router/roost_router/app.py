@@ -15,9 +15,7 @@ import socket
 import time
 from random import Random
 
-from aiohttp import web
-
-from roost_router.admin import make_admin_app
+from roost_router.admin import AdminService
 from roost_router.config import RouterConfig
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
@@ -29,9 +27,6 @@ from roost_router.policy.cost import CostPolicy
 from roost_router.poll import Poller
 
 _log = logging.getLogger(__name__)
-#: aiohttp would log a traceback and the raw line of each malformed request.
-_silent = logging.getLogger(f"{__name__}.admin_protocol")
-_silent.disabled = True
 
 
 def build_placer(config: RouterConfig, rng: Random) -> Placer:
@@ -49,12 +44,7 @@ class Router:
         metrics = RouterMetrics()
         metrics.watch(placer)
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
-        self._admin = web.AppRunner(
-            make_admin_app(self.service, self.service.access),
-            access_log=None,
-            logger=_silent,
-            keepalive_timeout=75.0,
-        )
+        self._admin = AdminService(self.service, self.service.access, config)
         self.poller: asyncio.Task[None] | None = None
         self.address = self.admin_address = ("", 0)
 
@@ -73,8 +63,7 @@ class Router:
             # A socket that another process opened may be one that other machines reach.
             config.check_hosts(data.getsockname()[0], admin.getsockname()[0])
             data.listen(BACKLOG)
-            await self._admin.setup()
-            await web.SockSite(self._admin, admin).start()
+            await self._admin.listen(admin)
             await self._begin_polling()
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
@@ -107,13 +96,13 @@ class Router:
         if config.status_fd is not None:
             os.close(config.status_fd)
         if replaced:
-            await self._admin.cleanup()
+            await self._admin.close()
         await service.drain(config.drain_s)
         if self.poller is not None:
             self.poller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self.poller
-        await self._admin.cleanup()
+        await self._admin.close()
 
 
 async def run_router(config: RouterConfig) -> None:

@@ -56,11 +56,12 @@ class RouterMetrics(Collector):
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._requests: dict[tuple[str, ...], int] = {}  # model, replica, outcome
+        # Counted on every request: Counter is four times a dict. Model, replica, outcome:
+        self._requests: defaultdict[tuple[str, ...], int] = defaultdict(int)
         self._refused: Counter[tuple[str, ...]] = Counter()  # status
         self._retries: Counter[tuple[str, ...]] = Counter()  # reason
         self._resumes: Counter[tuple[str, ...]] = Counter()  # reason
-        # By replica, as the next four. Counted on every request: Counter is four times a dict.
+        # By replica, as the next four:
         self._prompt_tokens: defaultdict[tuple[str, ...], int] = defaultdict(int)
         self._matched_tokens: defaultdict[tuple[str, ...], int] = defaultdict(int)
         self._cached_tokens: defaultdict[tuple[str, ...], int] = defaultdict(int)
@@ -75,9 +76,7 @@ class RouterMetrics(Collector):
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""
         name = record.replica or "none"
-        requests = self._requests
-        key = (record.model if known_model else "unknown", name, record.outcome.value)
-        requests[key] = requests.get(key, 0) + 1
+        self._requests[record.model if known_model else "unknown", name, record.outcome] += 1
         replica = (name,)
         self._duration[replica].observe(record.duration_s)
         if record.ttft_s is not None:

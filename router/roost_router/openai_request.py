@@ -101,6 +101,14 @@ def read_routing_fields(path: str, body: bytes) -> RoutingFields:
 
 
 def _chat_prompt(chat: _Chat) -> bytes:
+    if len(chat.messages) == 1 and not chat.tools:
+        message = chat.messages[0]
+        content, salt = message.content, chat.cache_salt or ""
+        if isinstance(content, str) and not (
+            message.name or message.tool_call_id or message.tool_calls
+        ):  # the usual first turn, encoded at once
+            start = f"chat\x1f{chat.model}\x1f{salt}\x1f\x1e{message.role}\x1f"
+            return f"{start}{content}\x1f\x1e".encode()
     parts = [_head(b"chat", chat.model, chat.cache_salt), bytes(chat.tools), _RECORD]
     for message in chat.messages:
         parts += (message.role.encode(), _FIELD, _content(message.content), _FIELD)

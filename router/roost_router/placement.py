@@ -30,6 +30,7 @@ import msgspec
 
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
+from roost_router.fleet.slow_start import MAX_WAIT_S, may_take_miss, thin
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.text_chain import (
     TEXT_BLOCK_BYTES,
@@ -53,6 +54,7 @@ _MAX_BYTES_PER_TOKEN = 16.0
 _DENSITY_SLACK = 1.5
 #: Blocks are cut at 256 bytes here and at (typically) 16 tokens there.
 _TOLERANCE_BYTES = 2 * TEXT_BLOCK_BYTES
+_NO_DEPTHS: dict[int, int] = {}
 #: Fewer events say more about the first and the last than about the pace between them.
 _MIN_EVENTS_FOR_ITL = 8
 
@@ -124,14 +126,15 @@ class Placer:
         holders = 0
         for replica in replicas:
             holders |= 1 << replica.holder
-            if silent[replica.name]:
-                self._assume_prefilled(silent[replica.name], now)
-        depths = self.index.lookup(chain, holders)
+            waiting = silent[replica.name]
+            if waiting:
+                self._assume_prefilled(waiting, now)
+        depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
         candidates = []
         for replica in replicas:
-            matched_tokens = 0
+            matched_tokens, speed = 0, replica.speed
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])
                 matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
@@ -142,15 +145,33 @@ class Placer:
                     prompt_tokens - matched_tokens,
                     replica.queued_tokens,
                     replica.num_decoding,
-                    fleet.prefill_tokens_per_s(replica),
-                    replica.speed.decode_s,
+                    speed.prefill_tokens_per_s
+                    if speed.num_observed
+                    else fleet.prefill_tokens_per_s(replica),
+                    speed.decode_s,
                     replica.recent_uncached_tokens(now),
                 )
             )
         decision = self._policy.pick(candidates, self._rng)
+        if chain and len(replicas) > 1 and 2 * max(map(_matched, candidates)) < prompt_tokens:
+            decision = self._warm_slowly(replicas, candidates, decision)
         return self._record(
             replicas[decision.chosen], fields, decision, candidates, chain, depths, now
         )
+
+    def _warm_slowly(
+        self, replicas: list[Replica], candidates: list[Candidate], decision: Decision
+    ) -> Decision:
+        """Leave most misses to replicas whose cache is not thin; see fleet/slow_start.py."""
+        is_thin = thin([self.index.num_bytes(replica.holder) for replica in replicas])
+        if not is_thin[decision.chosen] or may_take_miss(self._rng):
+            return decision
+        fuller = [number for number, it_is in enumerate(is_thin) if not it_is]
+        second = self._policy.pick([candidates[number] for number in fuller], self._rng)
+        waits_s = second.costs_s[second.chosen] - decision.costs_s[decision.chosen]
+        if waits_s > MAX_WAIT_S:
+            return decision
+        return Decision(chosen=fuller[second.chosen], costs_s=decision.costs_s)
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
         """The replica's answer begins. `streamed`: with its first token, not with the whole."""
@@ -251,13 +272,16 @@ class Placer:
             holder=holder,
             chain=chain,
             matched_blocks=matched_blocks,
-            matched_stamps=self.index.stamps(holder, chain[:matched_blocks]),
+            matched_stamps=self.index.stamps(holder, chain[:matched_blocks])
+            if matched_blocks
+            else [],
             oldest_pending=next(iter(pending), stamp),
         )
         pending[stamp] = None
         if not fields.stream:
             self._silent[replica.name][stamp] = placement
-        self.index.add(holder, chain, stamp)
+        if chain:
+            self.index.add(holder, chain, stamp)
         replica.reserve(placement.uncached_tokens, now)
         replica.health.placed(now)
         return placement
@@ -280,3 +304,7 @@ class Placer:
         missing = placement.matched_stamps[num_whole_blocks(cached_bytes)]
         if missing < placement.oldest_pending:
             self.index.forget_older(placement.holder, missing)
+
+
+def _matched(candidate: Candidate) -> int:
+    return candidate.matched_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -71,7 +72,7 @@ def test_it_demonstrates_the_main_job_and_ctrl_c_leaves_no_process():
     assert int(warm_cached) > 1800
     assert float(cold) / float(warm) >= 5
     assert len(children) == 3
-    assert '"ready": true' in get(f"http://127.0.0.1:{admin_port}/ready")
+    assert json.loads(get(f"http://127.0.0.1:{admin_port}/ready"))["ready"] is True
 
     up.send_signal(signal.SIGINT)
     rest = up.communicate(timeout=30)[0]

@@ -25,7 +25,8 @@ from roost_loadtest.peers import (
     Sample,
     ServedEngine,
 )
-from roost_loadtest.served_load import ServedWorkload, percentile, run_served
+from roost_loadtest.percentile import percentile
+from roost_loadtest.served_load import ServedWorkload, run_served
 
 HERE = Path(__file__)
 

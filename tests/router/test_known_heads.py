@@ -323,7 +323,7 @@ class Listener:
         self.on_body(body)
         self.on_end()
 
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
         self.body += data
 
     def on_end(self) -> None:

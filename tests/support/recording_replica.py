@@ -8,9 +8,9 @@ import re
 
 from raw_replica import MODELS, whole
 
-#: The first bytes of a poll: the router's own request, which names aiohttp.
+#: The first bytes of a poll: the router's own request, which names itself.
 _POLL = re.compile(
-    rb"GET /(v1/models|metrics) HTTP/1\.1\r\n(?:[^\r\n]+\r\n)*?User-Agent: [^\r\n]*aiohttp"
+    rb"GET /(v1/models|metrics) HTTP/1\.1\r\n(?:[^\r\n]+\r\n)*?user-agent: roost-router\r\n"
 )
 _ANSWER = whole(b'{"object":"text_completion","choices":[]}')
 

@@ -66,6 +66,10 @@ class Phase(Enum):
 _NOTHING_FORWARDED: Final = (Phase.WAITING, Phase.SENT, Phase.HEAD)
 
 
+#: Of an answer that is no stream; nothing is ever added to it.
+_NOTHING_EMITTED: Final = Emitted()
+
+
 class Verdict(Enum):
     """What the shell is to do now."""
 
@@ -102,37 +106,45 @@ class Limits(Protocol):
 class Answer:
     """One request's answer over all its legs."""
 
+    # What a fresh answer has; a default of the class costs nothing for each request.
+    phase = Phase.WAITING
+    num_attempts = 0
+    num_resumes = 0
+    prompt_tokens: int | None = None  # as the first leg told
+    cached_tokens: int | None = None
+    reason = ""  # of the last loss, for people
+    budget_is_spent = False  # that is why no retry was made
+    _emitted = _NOTHING_EMITTED  # a stream has its own, from its head on
+    _seed: int | None = None  # while every leg reports its token ids
+    _asked: Asked | None = None
+    # of the present leg:
+    status = 0
+    reader: EventReader | None = None
+    _held_bytes = 0
+    _comments = b""  # that came before the first event
+    _continuation: Continuation | None = None
+
     def __init__(self, body: bytes, limits: Limits, budget: Allowance, deadline: float) -> None:
         """`deadline`: seconds, monotonic; no leg begins after it."""
-        self.phase = Phase.WAITING
-        self.num_attempts = 0
-        self.num_resumes = 0
-        self.prompt_tokens: int | None = None  # as the first leg told
-        self.cached_tokens: int | None = None
-        self.reason = ""  # of the last loss, for people
-        self.budget_is_spent = False  # that is why no retry was made
+        self.held: list[bytes] = []  # of an answer that is no stream; of the present leg
         self._body = body
         self._limits = limits
         self._budget = budget
         self.deadline = deadline
-        self._emitted = Emitted()
-        self._seed: int | None = None  # while every leg reports its token ids
-        self._asked: Asked | None = None
-        self._clear_leg()
 
     def _clear_leg(self) -> None:
         self.status = 0
-        self.reader: EventReader | None = None
-        self.held: list[bytes] = []
+        self.reader = self._continuation = None
+        self.held.clear()
         self._held_bytes = 0
-        self._comments = b""  # that came before the first event
-        self._continuation: Continuation | None = None
+        self._comments = b""
 
     # a leg's life
 
     def begin(self) -> None:
         """A leg was sent."""
-        self._clear_leg()
+        if self.num_attempts:
+            self._clear_leg()
         self.num_attempts += 1
         if self.phase in _NOTHING_FORWARDED:
             self.phase = Phase.SENT
@@ -159,7 +171,10 @@ class Answer:
     def body(self, data: bytes) -> bytes:
         """More of the leg's answer; what of it goes to the client now."""
         if self.reader is not None:
-            return self._forward(self.reader.feed(data))
+            events = self.reader.feed(data)
+            if self.phase is Phase.STREAMING and self._continuation is None:
+                return events
+            return self._forward(events)
         if self.phase is Phase.RELAYING:
             return data
         self.held.append(data)
@@ -170,6 +185,15 @@ class Answer:
         data = b"".join(self.held)
         self.held.clear()
         return data
+
+    def whole(self, body: bytes) -> Usage | None:
+        """`head`, `body` and `end` of a 200 that is no stream and came at once, while SENT.
+
+        It is to be written as it came; returns what it says of its cost.
+        """
+        self.status = 200
+        self.phase = Phase.HEAD
+        return read_usage(body)
 
     @property
     def fault(self) -> str | None:

@@ -34,6 +34,8 @@ _DEFAULT_BYTES = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN)
 PANIC_SHARE = 0.5
 #: Capacity in bytes is set anew only when it moved by more than this share.
 _RESIZE_SHARE = 0.05
+#: And looked at only when the density moved by more than this.
+_REFIT_SHARE = 0.01
 
 
 class Fleet:
@@ -43,6 +45,9 @@ class Fleet:
         self._index = index
         self._bytes_per_token: dict[str, float] = {}  # by model
         self._budgets: dict[str, RetryBudget] = {}  # by model
+        #: By model, the replicas that are up; used while none of them is ejected.
+        self._calm: dict[str, list[Replica]] = {}
+        self._fitted: dict[str, float] = {}  # by model: bytes a token that capacities follow
         self.replicas = [
             Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
             for number, url in enumerate(urls)
@@ -88,6 +93,14 @@ class Fleet:
         Raises ModelNotFoundError when replicas have told what they serve and none ever named
         `model`; NoReplicaError when nobody is left who could answer. O(replicas).
         """
+        if not tried and dialects is None:
+            calm = self._calm.get(model, [])
+            for replica in calm:
+                if replica.health.ejected_until is not None:
+                    break
+            else:
+                if calm:
+                    return calm
         up = [r for r in self.replicas if r.is_up and model in r.models]
         if dialects is not None:
             up = [replica for replica in up if replica.dialect in dialects]
@@ -98,6 +111,8 @@ class Fleet:
             if num_out > PANIC_SHARE * len(up):
                 taking = fresh
         found = taking or fresh or up
+        if len(taking) == len(up) and dialects is None:
+            self._calm[model] = up
         if found:
             return found
         known = {name for replica in self.replicas for name in replica.models}
@@ -140,6 +155,7 @@ class Fleet:
         if known and replica.started_at != report.started_at:
             self._new_epoch(replica)
             replica.health = Health()  # another process: what the last one did is past
+        self._calm.clear()
         replica.dialect = dialect
         replica.state = ReplicaState.UP
         replica.num_failed_polls = 0
@@ -156,6 +172,7 @@ class Fleet:
         if self._index.num_blocks(replica.holder):
             self._new_epoch(replica)
         if replica.is_up:
+            self._calm.clear()
             replica.state = ReplicaState.DOWN
 
     def failed(self, replica: Replica, now: float, *, stalled: bool = False) -> None:
@@ -166,6 +183,7 @@ class Fleet:
         """A poll timed out or answered nonsense; it counts only when it repeats."""
         replica.num_failed_polls += 1
         if replica.num_failed_polls >= MAX_FAILED_POLLS and replica.is_up:
+            self._calm.clear()
             replica.state = ReplicaState.DOWN
 
     def bytes_per_token(self, model: str) -> float:
@@ -175,6 +193,10 @@ class Fleet:
     def set_bytes_per_token(self, model: str, bytes_per_token: float) -> None:
         """Prompts of `model` turned out to be that dense: capacities in bytes follow."""
         self._bytes_per_token[model] = bytes_per_token
+        fitted = self._fitted.get(model, 0.0)
+        if abs(bytes_per_token - fitted) <= _REFIT_SHARE * fitted:
+            return  # it moves with each answer, and capacities by steps
+        self._fitted[model] = bytes_per_token
         for replica in self.replicas:
             if model in replica.models:
                 self._resize(replica)

@@ -39,14 +39,14 @@ class Health:
     def __init__(self) -> None:
         self.num_ejections = 0  # in a row
         self._num_failures = 0  # in a row
-        self._ejected_until: float | None = None
+        self.ejected_until: float | None = None  # closed if None
         self._probing_since: float | None = None
 
     def circuit(self, now: float) -> Circuit:
         """The state at `now`."""
-        if self._ejected_until is None:
+        if self.ejected_until is None:
             return Circuit.CLOSED
-        return Circuit.EJECTED if now < self._ejected_until else Circuit.PROBING
+        return Circuit.EJECTED if now < self.ejected_until else Circuit.PROBING
 
     def takes_requests(self, now: float) -> bool:
         """Whether one more request may be placed here."""
@@ -58,14 +58,14 @@ class Health:
 
     def placed(self, now: float) -> None:
         """A request was placed here: the probe, if one is due."""
-        if self._ejected_until is not None:
+        if self.ejected_until is not None:
             self._probing_since = now
 
     def succeeded(self) -> None:
         """A request was answered."""
-        if self._num_failures or self._ejected_until is not None:
+        if self._num_failures or self.ejected_until is not None:
             self._num_failures = self.num_ejections = 0
-            self._ejected_until = self._probing_since = None
+            self.ejected_until = self._probing_since = None
 
     def left(self) -> None:
         """A request ended without saying anything of the replica: the client went."""
@@ -79,7 +79,7 @@ class Health:
             return False  # others that were under way: one fault, one ejection
         if not (stalled or was_probing or self._num_failures >= MAX_FAILURES):
             return False
-        self._ejected_until = now + min(MAX_S, BASE_S * 2.0**self.num_ejections)
+        self.ejected_until = now + min(MAX_S, BASE_S * 2.0**self.num_ejections)
         self._probing_since = None
         self.num_ejections = min(self.num_ejections + 1, 10)
         return True

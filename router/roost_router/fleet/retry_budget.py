@@ -18,6 +18,8 @@ from typing import Final
 RETRY_SHARE: Final = 0.2
 MIN_PER_S: Final = 10.0
 WINDOW_S: Final = 10.0
+#: Deposits that come sooner after the last look at the clock count from then.
+_STEP_S: Final = 0.01
 
 
 class RetryBudget:
@@ -33,7 +35,8 @@ class RetryBudget:
 
     def deposit(self, now: float) -> None:
         """A request came for the first time."""
-        self._refresh(now)
+        if self._at is None or now - self._at > _STEP_S:
+            self._refresh(now)
         self._share += RETRY_SHARE
 
     def try_withdraw(self, now: float) -> bool:

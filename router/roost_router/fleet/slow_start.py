@@ -1,15 +1,16 @@
 """Slow start: what a replica with a thin cache takes of requests that nobody has cached. Pure.
 
-A replica that just came is idle and knows nothing: every request without a cached prefix finds it
-the cheapest, and its first seconds would be one long queue of cold prompts while the others' wait
-for work. A time ramp would be wrong: what it lacks is a cache, not time. So:
+A replica that just came is idle and holds nothing: every request without a cached prefix finds it
+the cheapest, so that it would see little but cold prompts for a while, and the shared prefixes that
+come with them would be cached a second time there while they lie warm elsewhere. A ramp in time
+would be wrong: what it lacks is a cache. So:
 
-    thin   its share of blocks is below THIN_SHARE of the fullest candidate's
+    thin   it holds less than THIN_SHARE of what the fullest candidate holds
     miss   no candidate holds half of the prompt
 
-A thin replica is a candidate for a miss only with probability MISS_SHARE. Requests that hit
-elsewhere go there anyway; those that hit here are always welcome. A fleet that is all new, or all
-thin alike, is not slowed: nobody is thin beside the others.
+A thin replica takes a miss only with probability MISS_SHARE, unless the others would make it wait
+MAX_WAIT_S longer: seconds are the currency, and idle hardware helps nobody. What hits elsewhere
+goes there anyway; what hits here is always welcome. A fleet that is new as a whole is not slowed.
 
 Source: smg's slow start (a quarter of the misses), by cache instead of by time.
 """
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 THIN_SHARE: Final = 0.05
 MISS_SHARE: Final = 0.25
-#: Bytes of prompts below which the fullest cache says nothing about the others: about 16k tokens.
+MAX_WAIT_S: Final = 0.5
+#: Bytes of prompts below which the fullest cache says nothing of the others: some 16k tokens.
 MIN_BYTES: Final = 64 << 10
 
 

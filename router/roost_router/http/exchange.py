@@ -18,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from enum import Enum
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, Final, Literal, ParamSpec
 
 import msgspec
 
@@ -58,18 +57,15 @@ _log = logging.getLogger(__name__)
 _FAILURES: Final = frozenset({500, 502, 504})
 #: Seconds before a replica that just failed is tried again because there is no other.
 _BACKOFF_S: Final = (0.01, 0.05)
+#: Bodies up to here are copied behind their head: cheaper than a write of two parts.
+_MAX_JOINED_BYTES: Final = 16 << 10
 #: Seconds that a whole answer may still take on a replica that answers no poll any more.
 _GONE_S: Final = 10.0
 
 
-class Outcome(Enum):
-    """How a request ended; a metric label."""
-
-    OK = "ok"
-    CLIENT_ERROR = "client_error"  # 4xx, ours or the replica's
-    SERVER_ERROR = "server_error"  # 5xx, ours or the replica's
-    CLIENT_GONE = "client_gone"
-    CUT = "cut"  # lost after the first byte was sent, and not to be continued
+#: How a request ended; a metric label, and no Enum: the value of one costs a call.
+#: Errors are ours or the replica's; "cut": lost after the first byte, and not to be continued.
+Outcome = Literal["ok", "client_error", "server_error", "client_gone", "cut"]
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,14 +87,16 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 def _guarded(
     step: Callable[Concatenate[Exchange, _Arguments], None],
 ) -> Callable[Concatenate[Exchange, _Arguments], None]:
-    """A request boundary: whatever `step` raises ends its request, and is logged."""
+    """A request boundary: whatever `step` raises ends its request, and is logged.
+
+    What runs for each request or chunk says the same itself: a wrapper costs as much as a step.
+    """
 
     def run(exchange: Exchange, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
             step(exchange, *args, **kwargs)
         except Exception:  # noqa: BLE001
-            _log.exception("request failed by a defect of the router")
-            exchange.give_up()
+            exchange._defect()  # noqa: SLF001
 
     return run
 
@@ -115,6 +113,7 @@ class Exchange:
     _tried: frozenset[str] = frozenset()
     _head: ResponseHead | None = None  # of the present leg's answer
     _has_begun = False  # the head went to the client
+    _is_chunked = False  # and so does what follows it
     _keep_alive = False  # what it said
     _is_over = False
     _is_paused = False  # the client does not read
@@ -144,26 +143,27 @@ class Exchange:
         self._body = request.body  # of the present leg
         self._last_at = now  # when the present leg was sent, or last showed a token
 
-    @_guarded
     def start(self) -> None:
         """Place the request and send it; ends in `_finish`, `_fail`, `_cut` or `client_gone`."""
         try:
             self._place(None)
+            self._connect()
         except RouterError as error:
             self._fail(error)
-            return
-        self._connect()
+        except Exception:  # noqa: BLE001
+            self._defect()
 
     def client_gone(self) -> None:
         """The client closed: closing the replica's connection aborts its work."""
         if not self._is_over:
-            self._end(Outcome.CLIENT_GONE, 499)
+            self._end("client_gone", 499)
 
-    def give_up(self) -> None:
+    def _defect(self) -> None:
         """Something that must not happen did: answer 500 if nothing was sent, else cut."""
+        _log.exception("request failed by a defect of the router")
         if self._is_over or self._has_begun:
             if not self._is_over:
-                self._end(Outcome.CUT, self._answer.status)
+                self._end("cut", self._answer.status)
             self._client.abort()
         else:
             self._fail(RouterError("the router failed to serve this request"))
@@ -227,18 +227,25 @@ class Exchange:
         """The leg's answer begins."""
         self._begin_answer(head)
 
-    @_guarded
     def on_answer(self, head: ResponseHead, body: bytes) -> None:
         """The leg's answer, all at once."""
-        self._upstream = None  # it is back in its pool
-        self._begin_answer(head)
-        if not body or self._read(body):
-            self._end_answer()
+        try:
+            self._upstream = None  # it is back in its pool
+            if head.status == 200 and not head.is_stream and self._answer.phase is Phase.SENT:
+                self._send_whole(head, body)
+                return
+            self._begin_answer(head)
+            if not body or self._read(body):
+                self._end_answer()
+        except Exception:  # noqa: BLE001
+            self._defect()
 
-    @_guarded
-    def on_body(self, data: bytes) -> None:
-        """More of the leg's answer."""
-        self._read(data)
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
+        """More of the leg's answer. `framed`: the same as a chunk, if it came as one."""
+        try:
+            self._read(data, framed)
+        except Exception:  # noqa: BLE001
+            self._defect()
 
     @_guarded
     def on_end(self) -> None:
@@ -257,7 +264,7 @@ class Exchange:
                 placer, now = self._service.placer, self._service.now()
                 placer.first_byte(self._placement, now, streamed=False)
 
-    def _read(self, data: bytes) -> bool:
+    def _read(self, data: bytes, framed: bytes | None = None) -> bool:
         """Forward what can be; whether the leg goes on."""
         answer = self._answer
         events = answer.body(data)
@@ -270,7 +277,10 @@ class Exchange:
                 self._failed_here()
                 self._lost(reader.fault, "fault")
                 return False
-        self._write(events)
+        if events is data and framed is not None and self._has_begun and self._is_chunked:
+            self._client.write(framed)
+        elif events:
+            self._write(events)
         return True
 
     def _end_answer(self) -> None:
@@ -335,9 +345,16 @@ class Exchange:
             self._lost(f"the replica cannot be reached: {error}", "unreachable")
         else:
             self._dialling = None
-            self._send(upstream)
+            self._dialled(upstream)
 
     @_guarded
+    def _dialled(self, upstream: Upstream) -> None:
+        self._send(upstream)
+
+    @_guarded
+    def _reconnect(self) -> None:
+        self._connect()
+
     def _send(self, upstream: Upstream) -> None:
         assert self._placement is not None
         self._upstream = upstream
@@ -353,7 +370,8 @@ class Exchange:
             is_resumable=self._fields.stream,
             body_bytes=len(self._body),
         )
-        upstream.send(self, [start, self._body])
+        body = self._body
+        upstream.send(self, [start + body] if len(body) <= _MAX_JOINED_BYTES else [start, body])
 
     def _note_progress(self, num_events: int) -> None:
         """Tokens came. The head says nothing: many servers send it at once."""
@@ -420,7 +438,7 @@ class Exchange:
             self._fail(self._error() if isinstance(error, NoReplicaError) else error)
             return
         if self._placement.replica is before or self._placement.replica.name in self._tried:
-            self._later(self._connect)
+            self._later(self._reconnect)
         else:
             self._connect()
 
@@ -445,7 +463,7 @@ class Exchange:
                 return
             self._body = body
             if self._placement.replica.name in self._tried:
-                self._later(self._connect)
+                self._later(self._reconnect)
             else:
                 self._connect()
             return
@@ -465,17 +483,33 @@ class Exchange:
         """Forward bytes of the answer, its head before the first of them."""
         if not data:
             return
-        if not self._has_begun:
-            self._begin()
-        if not self._request.is_http_1_0:
+        start = b"" if self._has_begun else self._begin()
+        if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._client.write(data)
+        self._client.write(start + data)
 
-    def _begin(self) -> None:
+    def _begin(self) -> bytes:
+        """The head; to be written with what comes first, for each write is a system call."""
         self._has_begun = True
         assert self._head is not None
-        framing = b"" if self._request.is_http_1_0 else b"transfer-encoding: chunked\r\n"
-        self._client.write(self._client_head(self._head, framing))
+        self._is_chunked = not self._request.is_http_1_0
+        framing = b"transfer-encoding: chunked\r\n" if self._is_chunked else b""
+        return self._client_head(self._head, framing)
+
+    def _send_whole(self, head: ResponseHead, body: bytes) -> None:
+        """A 200 that is no stream came at once: the usual end of a request, in one go."""
+        placement, service = self._placement, self._service
+        assert placement is not None
+        usage = self._answer.whole(body)
+        if head.prompt_tokens is not None:
+            self._learn(head.prompt_tokens, head.cached_tokens)
+        service.placer.first_byte(placement, service.now(), streamed=False)
+        placement.replica.health.succeeded()
+        if usage is not None:
+            self._learn(usage.prompt_tokens, usage.cached_tokens)
+        framing = b"content-length: %d\r\n" % len(body)
+        self._client.write(self._client_head(head, framing) + body)
+        self._finish()
 
     def _send_held(self) -> None:
         answer = self._answer
@@ -516,10 +550,11 @@ class Exchange:
     def _complete(self, closing: bytes) -> None:
         """The client has the whole answer, once `closing` is written."""
         self._write(closing)
-        if not self._has_begun:
-            self._begin()
-        if not self._request.is_http_1_0:
-            self._client.write(b"0\r\n\r\n")
+        end = b"" if self._has_begun else self._begin()
+        if self._is_chunked:
+            end += b"0\r\n\r\n"
+        if end:
+            self._client.write(end)
         self._finish()
 
     def _finish(self) -> None:
@@ -549,7 +584,7 @@ class Exchange:
             message = f"the stream was cut: {reason}"
             event = error_body(message, "server_error", None, "upstream_lost")
             self._write(b"data: " + event + b"\n\n")
-        self._end(Outcome.CUT, self._answer.status)
+        self._end("cut", self._answer.status)
         self._client.abort()
 
     def _end(self, outcome: Outcome, status: int) -> None:
@@ -580,7 +615,7 @@ class Exchange:
         )
         try:
             if placement is not None:
-                if outcome is Outcome.CLIENT_GONE:
+                if outcome == "client_gone":
                     placement.replica.health.left()
                 num_events = 0 if self._was_paused else self._num_events
                 service.placer.finish(placement, now, num_events)
@@ -590,8 +625,8 @@ class Exchange:
 
 def _outcome(status: int) -> Outcome:
     if status >= 500:
-        return Outcome.SERVER_ERROR
-    return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK
+        return "server_error"
+    return "client_error" if status >= 400 else "ok"
 
 
 def _timeout_s(request: Request) -> float:

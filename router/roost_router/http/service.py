@@ -26,7 +26,6 @@ from roost_router.access import Access
 from roost_router.config import RouterConfig
 from roost_router.errors import (
     EncodingError,
-    KeyRequiredError,
     MethodNotAllowedError,
     ModelNotFoundError,
     OverloadError,
@@ -37,7 +36,8 @@ from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Answering, Downstream, Request
 from roost_router.http.exchange import Exchange, RequestRecord
 from roost_router.http.gate import Gate
-from roost_router.http.head import REQUEST_ID, response_head
+from roost_router.http.head import REQUEST_ID
+from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.request_ids import RequestIds
 from roost_router.http.upstream import UpstreamPool
 from roost_router.listening import BACKLOG
@@ -226,9 +226,9 @@ class DataService:
             if path == _MODELS_PATH or path.startswith(_MODELS_PATH + "/"):
                 _require(request, path, b"GET")
                 body, headers = self._models(path), [(b"content-type", b"application/json")]
-                return _Ready(
-                    self, client, request, lambda: self._send(client, request, 200, headers, body)
-                )
+                keep_alive = self.keeps_alive(request)
+                answer = whole_answer(request, 200, headers, body, keep_alive=keep_alive)
+                return Ready(client, answer, keep_alive=keep_alive)
             raise PathNotFoundError(path)
         except UnicodeDecodeError:
             return self._refusal(client, request, PathNotFoundError("not ASCII"))
@@ -243,45 +243,25 @@ class DataService:
         self, client: Downstream, request: Request, error: RouterError, request_id: bytes
     ) -> None:
         """Write a whole error answer."""
-        headers = [
-            (b"content-type", b"application/json"),
-            (REQUEST_ID, request_id),
-        ]
-        if error.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % error.retry_after_s))
-        if error.should_retry is not None:
-            headers.append((b"x-should-retry", b"true" if error.should_retry else b"false"))
-        if isinstance(error, KeyRequiredError):
-            headers.append((b"www-authenticate", b"Bearer"))
-        if isinstance(error, MethodNotAllowedError):
-            headers.append((b"allow", error.allowed.encode()))
-        self._send(client, request, error.status, headers, error.body())
+        client.write(self._error(request, error, request_id))
 
-    def _send(
-        self,
-        client: Downstream,
-        request: Request,
-        status: int,
-        headers: list[tuple[bytes, bytes]],
-        body: bytes,
-    ) -> None:
-        framing = [b"content-length: %d" % len(body)]
+    def _error(self, request: Request, error: RouterError, request_id: bytes) -> bytes:
+        headers = [*error_headers(error), (REQUEST_ID, request_id)]
         keep_alive = self.keeps_alive(request)
-        head = response_head(status, headers, framing=framing, keep_alive=keep_alive)
-        client.write(head + (b"" if request.method == b"HEAD" else body))
+        return whole_answer(request, error.status, headers, error.body(), keep_alive=keep_alive)
 
     def ended(self, exchange: Exchange, record: RequestRecord) -> None:
         """An exchange is over."""
         self._exchanges.pop(exchange, None)
         is_known = record.replica is not None or self.placer.fleet.knows(record.model)
         self.metrics.observe(record, known_model=is_known)
-        if record.status >= 500 or record.outcome.value == "cut":
+        if record.status >= 500 or record.outcome == "cut":
             self._num_failed += 1
             if self._num_failed > _MAX_FAILURES_LOGGED:
                 return
             _log.warning(
                 "request failed: outcome=%s status=%d replica=%s attempts=%d",
-                record.outcome.value,
+                record.outcome,
                 record.status,
                 record.replica,
                 record.attempts,
@@ -300,10 +280,8 @@ class DataService:
 
     def _refusal(self, client: Downstream, request: Request, error: RouterError) -> Answering:
         self.metrics.refused(error.status)
-        request_id = self.request_id(request)
-        return _Ready(
-            self, client, request, lambda: self.send_error(client, request, error, request_id)
-        )
+        answer = self._error(request, error, self.request_id(request))
+        return Ready(client, answer, keep_alive=self.keeps_alive(request))
 
     def _models(self, path: str) -> bytes:
         served = self.placer.fleet.models()
@@ -318,36 +296,6 @@ class DataService:
             if entry["id"] == wanted:
                 return msgspec.json.encode(entry)
         raise ModelNotFoundError(wanted, sorted(served))
-
-
-class _Ready:
-    """An answer that is known at once."""
-
-    def __init__(
-        self,
-        service: DataService,
-        client: Downstream,
-        request: Request,
-        send: Callable[[], None],
-    ) -> None:
-        self._service = service
-        self._client = client
-        self._request = request
-        self._send = send
-
-    def start(self) -> None:
-        """Write it."""
-        self._send()
-        self._client.finish(keep_alive=self._service.keeps_alive(self._request))
-
-    def client_gone(self) -> None:
-        """Nothing is under way."""
-
-    def pause(self) -> None:
-        """The answer is written already."""
-
-    def resume(self) -> None:
-        """The answer is written already."""
 
 
 def _max_connections() -> int:

@@ -23,6 +23,8 @@ from roost_router.http.known_heads import KnownHead, KnownHeads, read_known_resp
 
 #: Idle connections kept to a replica; more than any burst's tail, few enough to be cheap.
 _MAX_IDLE = 128
+#: Of the size of a chunk that is recognised without llhttp: no read brings more bytes.
+_MAX_SIZE_DIGITS = 6
 
 
 class Listener(Protocol):
@@ -36,8 +38,8 @@ class Listener(Protocol):
         """A whole answer came at once: `on_head`, `on_body` and `on_end` in one."""
         ...
 
-    def on_body(self, data: bytes) -> None:
-        """Some of the body came, framing removed."""
+    def on_body(self, data: bytes, framed: bytes | None = None) -> None:
+        """Some of the body came, framing removed. `framed`: the same as one chunk, if it was."""
         ...
 
     def on_end(self) -> None:
@@ -59,6 +61,9 @@ class Upstream(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None  # made when a head is not known
         self._known: KnownHead[ResponseHead] | None = None  # the head of the answer before
         self._body_left = 0  # bytes of a body that llhttp does not read
+        self._pieces: list[bytes] = []  # of a body, out of the present read
+        self._is_between_chunks = False  # llhttp has read a chunk to its end, and nothing since
+        self._is_paused = False
         self._has_begun = False
         self._headers: Headers = []
         self._head_bytes = 0
@@ -100,11 +105,13 @@ class Upstream(asyncio.Protocol):
 
     def pause(self) -> None:
         """Stop reading: the client is slower than the replica."""
+        self._is_paused = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Read on."""
+        self._is_paused = False
         if self._transport is not None:
             self._transport.resume_reading()
 
@@ -133,6 +140,8 @@ class Upstream(asyncio.Protocol):
             self.abandon()  # bytes that nobody asked for: the connection cannot be trusted
         elif self._body_left:
             self._read_body(listener, data)
+        elif self._is_between_chunks and (start := _start_of_only_chunk(data)):
+            listener.on_body(data[start:-2], data)
         elif self._has_begun:
             self._parse(data)
         else:
@@ -188,10 +197,16 @@ class Upstream(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._pass_pieces()
             if not self._is_complete:
                 self._lose(f"the replica's answer is not HTTP: {error!r}")
                 return
             self._has_excess = True
+        else:
+            if self._pieces:
+                self._pass_pieces()
+        if self._is_between_chunks and not data.endswith(b"\n"):
+            self._is_between_chunks = False  # it has begun to read the next size
         if head_was_pending and not self._has_head:
             self._unread_head_bytes += len(data)  # llhttp tells of a line only at its end
             if self._unread_head_bytes > MAX_HEAD_BYTES + READ_BYTES:
@@ -199,6 +214,12 @@ class Upstream(asyncio.Protocol):
                 return
         if self._is_complete:
             self._finish()
+
+    def _pass_pieces(self) -> None:
+        """What one read brought goes on at once: each write to a client is a system call."""
+        pieces, self._pieces = self._pieces, []
+        if pieces and self._listener is not None:
+            self._listener.on_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     # llhttp's side. An answer ends only when all bytes that came with its end are read: whatever
     # follows it would otherwise reach the next request on this connection.
@@ -232,8 +253,16 @@ class Upstream(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
-        if self._listener is not None and not self._is_complete:
-            self._listener.on_body(data)
+        if not self._is_complete:
+            self._pieces.append(data)
+
+    def on_chunk_header(self) -> None:
+        """llhttp: a chunk begins."""
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        """llhttp: a chunk ends, its line end included."""
+        self._is_between_chunks = True
 
     def on_message_complete(self) -> None:
         """llhttp: the answer is complete."""
@@ -254,13 +283,18 @@ class Upstream(asyncio.Protocol):
         """The answer is complete: back to the pool, or close."""
         keep = self._may_keep and not self._has_excess
         if keep and self.is_open and listener is not None:
-            self.resume()
+            if self._is_paused:
+                self.resume()
             self._pool.keep(self)
         else:
             self.abandon()
 
     def _begin_answer(self) -> None:
+        if not self._has_begun:
+            return  # nothing has been read since the last time
         self._headers = []
+        self._pieces = []
+        self._is_between_chunks = False
         self._body_left = 0
         self._has_begun = False
         self._head_bytes = self._unread_head_bytes = 0
@@ -272,6 +306,18 @@ class Upstream(asyncio.Protocol):
         self.abandon()
         if listener is not None:
             listener.on_lost(reason)
+
+
+def _start_of_only_chunk(data: bytes) -> int:
+    """Where the payload starts if `data` is exactly one chunk as we would write it, else 0.
+
+    Not the last. Size in lower case, no leading zeros, no extension; llhttp reads the same. O(1).
+    """
+    start = data.find(b"\r\n", 0, _MAX_SIZE_DIGITS + 2) + 2
+    num_bytes = len(data) - start - 2
+    if start > 2 and num_bytes > 0 and data.startswith(b"%x\r\n" % num_bytes):
+        return start if data.endswith(b"\r\n") else 0
+    return 0
 
 
 class UpstreamPool:

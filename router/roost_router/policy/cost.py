@@ -50,12 +50,13 @@ class CostPolicy:
 
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
         """See the module; O(candidates)."""
-        costs = [cost_s(candidate) for candidate in candidates]
+        costs = list(map(cost_s, candidates))
         limit = min(costs) + TIE_S
         tied = [i for i, cost in enumerate(costs) if cost <= limit]
         if len(tied) == 1:
             return Decision(tied[0], costs)
-        least = min(candidates[i].recent_uncached_tokens for i in tied)
-        best = [i for i in tied if candidates[i].recent_uncached_tokens <= least]
+        recent = [candidates[i].recent_uncached_tokens for i in tied]
+        least = min(recent)
+        best = [i for i, tokens in zip(tied, recent, strict=True) if tokens <= least]
         chosen = best[0] if len(best) == 1 else rng.choice(best)
         return Decision(chosen, costs)
