@@ -36,7 +36,7 @@ types: setup-dev ## mypy --strict
 	@$(BIN)/mypy
 
 unit: setup-dev ## Tests without the real model
-	@$(TESTS) -m "not model and not e2e and not simulation"
+	@$(TESTS) -n auto --dist worksteal -m "not model and not e2e and not simulation"
 
 model: setup-dev ## Tests of the engine with the real model
 	@$(TESTS) -m "model and not e2e"
