@@ -134,7 +134,7 @@ class EventReader:
             end = len(whole)
             if not end:
                 return b""
-        if whole.find(b"\n\n") == end - 2:  # one event, the usual case
+        if whole.find(b"\n\n") == end - 2 and b"\r" not in whole:  # one event, the usual case
             return self._read_one(whole)
         blocks = [self._read(block) for block in _BETWEEN.split(whole) if block]
         return b"".join(map(_closed, blocks))
