@@ -42,7 +42,7 @@ MAX_STEPS = 400_000
 MAX_TIME_S = 3600.0
 #: How long after the last answer everything must have come to rest.
 _SETTLE_S = 15.0
-_DRAIN_S = 5.0
+_DRAIN_S = 8.0
 #: What a client's leaving may take to reach a replica, besides the network's latency.
 _ABORT_S = 0.05
 #: How late a deadline may be noticed, the way there and back included.
