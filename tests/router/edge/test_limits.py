@@ -70,7 +70,8 @@ async def connect(start_router):
             replicas.append(await RawReplica(*(script or [[whole(b"{}")]])).start())
             router = await start_router(replicas[0], **options)
             router.service._sweep.cancel()
-            router.now = router.service.now()
+            # Whole seconds, passed in eighths: sums are exact, and an edge is an edge.
+            router.now = float(int(router.service.now()))
             routers.append(router)
         client = Client(routers[0], *await asyncio.open_connection(*routers[0].address))
         clients.append(client)
@@ -88,9 +89,9 @@ async def connect(start_router):
 async def test_a_connection_without_a_request_is_closed(connect):
     client = await connect(head_timeout_s=10.0)
 
-    client.pass_s(9.9)
+    client.pass_s(9.875)
     assert await client.is_open()
-    client.pass_s(0.1)
+    client.pass_s(0.125)
     assert await client.rest() == b""
 
 
@@ -130,9 +131,9 @@ async def test_a_body_that_stalls_is_a_timeout(connect, is_chunked):
     else:
         await client.send(HEAD + BODY[:10])
     client.pass_s(0)
-    client.pass_s(29.9)
+    client.pass_s(29.875)
     assert await client.is_open()
-    client.pass_s(0.1)
+    client.pass_s(0.125)
 
     assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
     assert client.router.placer.fleet.replicas[0].num_in_flight == 0
@@ -145,9 +146,9 @@ async def test_a_known_head_does_not_change_the_limits_of_its_body(connect):
         assert (await client.answer()).startswith(b"HTTP/1.1 200")
     await client.send(HEAD + BODY[:10])
     client.pass_s(0)
-    client.pass_s(29.9)
+    client.pass_s(29.875)
     assert await client.is_open()
-    client.pass_s(0.1)
+    client.pass_s(0.125)
 
     assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
 
@@ -169,9 +170,9 @@ async def test_a_kept_connection_may_idle_as_long_as_it_may(connect):
         await client.send(HEAD + BODY)
         assert (await client.answer()).startswith(b"HTTP/1.1 200")
         client.pass_s(0)
-        client.pass_s(74.9)
+        client.pass_s(74.875)
         assert await client.is_open()
-    client.pass_s(0.1)
+    client.pass_s(0.125)
 
     assert await client.rest() == b""
 
@@ -194,9 +195,9 @@ async def test_a_client_that_does_not_read_is_cut_and_its_replica_released(conne
     assert state.num_in_flight == 1
 
     client.pass_s(0)
-    client.pass_s(29.9)
+    client.pass_s(29.875)
     assert state.num_in_flight == 1
-    client.pass_s(0.1)
+    client.pass_s(0.125)
     async with asyncio.timeout(5):
         while state.num_in_flight or client.router.service._connections:
             await asyncio.sleep(0.01)
@@ -231,9 +232,9 @@ async def test_an_answer_in_full_to_a_client_that_never_reads_does_not_stay(conn
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     client.pass_s(0)
-    client.pass_s(29.9)
+    client.pass_s(29.875)
     assert client.router.service._connections
-    client.pass_s(0.1)
+    client.pass_s(0.125)
     async with asyncio.timeout(5):
         while client.router.service._connections:
             await asyncio.sleep(0.01)
