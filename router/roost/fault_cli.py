@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-_NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+from roost.cli_parts import FILE, NEW_FILE
+
 _COUNT = click.IntRange(0)
 _SOME = click.IntRange(1)
 
@@ -35,11 +35,11 @@ _T = TypeVar("_T")
 )
 @click.option("--both", is_flag=True, help="A and B fail every third request, not A every one.")
 @click.option("--alone", is_flag=True, help="Ours without nginx and haproxy.")
-@click.option("--sglang-router", type=_FILE, help="Program of sglang-router, to run beside ours.")
-@click.option("--smg", type=_FILE, help="Program of smg, to run beside ours.")
-@click.option("--vllm-router", type=_FILE, help="Program of vllm-router, to run beside ours.")
-@click.option("--markdown", "markdown_path", type=_NEW_FILE, help="Write the table here.")
-@click.option("--json", "json_path", type=_NEW_FILE, help="Write every cell here.")
+@click.option("--sglang-router", type=FILE, help="Program of sglang-router, to run beside ours.")
+@click.option("--smg", type=FILE, help="Program of smg, to run beside ours.")
+@click.option("--vllm-router", type=FILE, help="Program of vllm-router, to run beside ours.")
+@click.option("--markdown", "markdown_path", type=NEW_FILE, help="Write the table here.")
+@click.option("--json", "json_path", type=NEW_FILE, help="Write every cell here.")
 def faults(
     faults: tuple[str, ...],
     alone: bool,
@@ -85,7 +85,7 @@ def faults(
 @click.option("--tokens", type=click.IntRange(2), default=32, help="Of an answer.")
 @click.option("--concurrency", type=_SOME, default=6, help="Streams at once.")
 @click.option("--seed", default=1, help="Of prompts, places and kinds of kills.")
-@click.option("--json", "json_path", type=_NEW_FILE, help="Write every killed stream here.")
+@click.option("--json", "json_path", type=NEW_FILE, help="Write every killed stream here.")
 def kills(json_path: Path | None, **options: Any) -> None:
     """Streams of real engines killed at random tokens: the text must be what it would have been."""
     import msgspec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Self
 
 MODELS = b'{"object":"list","data":[{"id":"m"}]}'
 
@@ -28,7 +29,30 @@ SSE_HEAD = (
 )
 
 
-class RawReplica:
+class LocalReplica:
+    """Listens on a free port of this machine; a subclass says how a connection is served."""
+
+    port = 0
+    _server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise NotImplementedError
+
+
+class RawReplica(LocalReplica):
     """`script`: what to write for each completion request; None among the bytes resets."""
 
     def __init__(self, *script: list[bytes | None]) -> None:
@@ -38,21 +62,6 @@ class RawReplica:
         self.heads: list[bytes] = []
         self.models = MODELS
         self.metrics = b""
-        self.port = 0
-        self._server: asyncio.Server | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    async def start(self) -> RawReplica:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def stop(self) -> None:
-        assert self._server is not None
-        self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 
-from raw_replica import MODELS, whole
+from raw_replica import MODELS, LocalReplica, whole
 
 #: The first bytes of a poll: the router's own request, which names itself.
 _POLL = re.compile(
@@ -15,26 +15,11 @@ _POLL = re.compile(
 _ANSWER = whole(b'{"object":"text_completion","choices":[]}')
 
 
-class RecordingReplica:
+class RecordingReplica(LocalReplica):
     """Answers 200 to each `content-length` request; `received` holds a connection an item."""
 
     def __init__(self) -> None:
         self.received: list[bytearray] = []
-        self.port = 0
-        self._server: asyncio.Server | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    async def start(self) -> RecordingReplica:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def stop(self) -> None:
-        assert self._server is not None
-        self._server.close()
 
     def take(self) -> bytes:
         """All that came since the last call, of all connections."""

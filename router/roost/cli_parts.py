@@ -1,0 +1,26 @@
+"""What the files of the command line share: kinds of options, and the error of a missing extra."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+PORT = click.IntRange(0, 65535)
+WEIGHTS = click.Choice(["stored", "float32", "bfloat16"])
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+@contextlib.contextmanager
+def needing_engine(what: str) -> Iterator[None]:
+    """Run what needs packages of the extra "engine"; say so where one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"{what} needs {error.name}: pip install 'roost[engine]'"
+        ) from None
