@@ -1,10 +1,12 @@
 # Every target does one thing. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev test check lint imports types unit model e2e simulation soak edge fuzz bench docs fmt dist clean
+.PHONY: help run setup setup-dev test check lint imports types unit compiled model e2e simulation soak edge fuzz bench docs fmt dist clean
 export PYTHONSAFEPATH := 1
 BIN := .venv/bin
 SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
 TESTS := $(BIN)/python -m pytest -q
+COMPILED := build/compiled
+IN_COMPILED := PYTHONPATH=$(CURDIR)/$(COMPILED)
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,7 +24,7 @@ setup-dev: .venv/.dev ## Make .venv with all that tests and linters need
 .venv/.dev: $(SETUP)
 	@deploy/setup.sh dev && touch .venv/.engine
 
-test: check model e2e simulation ## All tests: what CI runs
+test: check compiled model e2e simulation ## All tests: what CI runs
 
 check: lint imports types unit ## The quick loop: linters, types, unit tests
 
@@ -38,17 +40,26 @@ types: setup-dev ## mypy --strict
 unit: setup-dev ## Tests without the real model
 	@$(TESTS) -n auto --dist worksteal -m "not model and not e2e and not simulation"
 
+$(COMPILED)/.done: $(shell find router -name '*.py') .venv/.dev deploy/compile_router.py
+	@rm -rf build/wheel $(COMPILED)
+	@echo "compiling the router's data path, as an install does"
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/wheel/*.whl && touch $@
+
+compiled: $(COMPILED)/.done ## The router's unit tests once more, as it is installed: compiled
+	@$(IN_COMPILED) $(TESTS) -n auto --dist worksteal -m "not interpreted" tests/router tests/wire
+
 model: setup-dev ## Tests of the engine with the real model
 	@$(TESTS) -m "model and not e2e"
 
-e2e: setup-dev ## Tests with real processes: router, two engines, the openai SDK
-	@$(TESTS) -m e2e
+e2e: $(COMPILED)/.done ## Tests with real processes: router (compiled), two engines, the openai SDK
+	@$(IN_COMPILED) $(TESTS) -m e2e
 
-simulation: setup-dev ## The router in virtual time: planted bugs are noticed, 60 s of random faults
-	@$(TESTS) -m simulation && $(BIN)/python -m roost_loadtest.simulation
+simulation: $(COMPILED)/.done ## The router in virtual time: planted bugs are noticed, 60 s of random faults
+	@$(TESTS) -m simulation && $(IN_COMPILED) $(BIN)/python -m roost_loadtest.simulation
 
-soak: setup-dev ## The same random faults for SECONDS (3600) of CPU; a failure tells how to replay it
-	@$(BIN)/python -m roost_loadtest.simulation --seconds $(or $(SECONDS),3600) --first-seed 1000000
+soak: $(COMPILED)/.done ## The same random faults for SECONDS (3600) of CPU; a failure tells how to replay it
+	@$(IN_COMPILED) $(BIN)/python -m roost_loadtest.simulation --seconds $(or $(SECONDS),3600) --first-seed 1000000
 
 edge: setup-dev ## Suites of others against the router: openai-python's tests, slowhttptest
 	@$(BIN)/roost bench edge
@@ -56,8 +67,8 @@ edge: setup-dev ## Suites of others against the router: openai-python's tests, s
 fuzz: setup-dev ## Fuzz every parser, each for SECONDS (60); guided by coverage with `pip install atheris`
 	@$(BIN)/python tests/fuzz/fuzz.py $(or $(SECONDS),60)
 
-bench: setup-dev ## Benchmarks, each a table with a ratio; nothing else may run beside them
-	@$(BIN)/roost bench ttft && $(BIN)/roost bench decide && $(BIN)/roost bench proxy
+bench: $(COMPILED)/.done ## Benchmarks, each a table with a ratio; nothing else may run beside them
+	@export $(IN_COMPILED) && for part in ttft decide proxy; do $(BIN)/python -m roost bench $$part || exit; done
 
 docs: setup-dev ## Regenerate docs/options.md from the command line
 	@$(BIN)/python -m roost.options >docs/options.md

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -80,7 +80,7 @@ class AdminService:
         """Accept clients on `sock`."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Downstream(self), sock=sock, backlog=MAX_CONNECTIONS
+            lambda: cast("asyncio.Protocol", Downstream(self)), sock=sock, backlog=MAX_CONNECTIONS
         )
         self._watch()
 

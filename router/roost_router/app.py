@@ -16,6 +16,7 @@ import time
 from random import Random
 
 from roost_router.admin import AdminService
+from roost_router.compiled import is_compiled
 from roost_router.config import RouterConfig
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
@@ -113,6 +114,8 @@ async def run_router(config: RouterConfig) -> None:
     host, port = router.address
     admin_host, admin_port = router.admin_address
     _log.info("routing on http://%s:%d, admin on http://%s:%d", host, port, admin_host, admin_port)
+    if not is_compiled():
+        _log.info("the data path is interpreted, not compiled: it costs more CPU")
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.service.access.reload)
     if config.status_fd is not None:
         os.write(config.status_fd, b"1")

@@ -119,6 +119,13 @@ class ClientTimeoutError(ClientError):
         super().__init__(f"the {part} did not arrive in time")
 
 
+class HeadTooLargeError(BadRequestError):
+    """Too many or too long header lines."""
+
+    status = 431
+    code = "head_too_large"
+
+
 class BodyTooLargeError(ClientError):
     """The body exceeds the limit."""
 

@@ -444,6 +444,7 @@ async def test_the_admin_port_tells_health_metrics_and_replicas(start_router, re
     assert sum(entry["resident_blocks"] for entry in listed) > 0
 
 
+@pytest.mark.interpreted
 async def test_a_large_non_streamed_answer_passes_whole(start_router, replicas, monkeypatch):
     monkeypatch.setattr("roost_router.answer.phases.MAX_HELD_BYTES", 10)
     router = await start_router(replicas[0])

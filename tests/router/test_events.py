@@ -8,8 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roost_router.answer import events
-from roost_router.answer.events import Emitted, EventReader
+from roost_router.answer.events import MAX_EVENT_BYTES, Emitted, EventReader
 from roost_router.answer.usage import read_usage
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 8}}
@@ -156,15 +155,16 @@ def test_tool_calls_are_progress_but_no_plain_text():
     assert reader.num_events == 0
 
 
-def test_an_endless_event_is_a_fault_and_bounds_memory(monkeypatch):
-    monkeypatch.setattr(events, "MAX_EVENT_BYTES", 100)
+def test_an_endless_event_is_a_fault_and_bounds_memory():
     reader = EventReader(Emitted(), reports_ids=False)
 
+    assert reader.feed(b"x" * MAX_EVENT_BYTES) == b""
+    assert reader.fault is None
     for _ in range(50):
-        assert reader.feed(b"x" * 60) == b""
+        assert reader.feed(b"x" * 60_000) == b""
 
     assert reader.fault is not None
-    assert len(reader._tail) <= 160
+    assert len(reader._tail) == MAX_EVENT_BYTES + 60_000
 
 
 def test_nothing_passes_after_done():

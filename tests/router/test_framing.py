@@ -189,6 +189,7 @@ def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("method", ["place", "first_byte", "finish"])
 async def test_a_defect_of_ours_ends_its_request_and_no_other(serve, monkeypatch, method):
     router, _ = await serve([whole(OK)])
@@ -205,6 +206,7 @@ async def test_a_defect_of_ours_ends_its_request_and_no_other(serve, monkeypatch
     assert (200, OK) == await post(router)
 
 
+@pytest.mark.interpreted
 async def test_a_defect_of_ours_in_mid_stream_cuts_it(serve, monkeypatch):
     router, _ = await serve([SSE_HEAD, chunk(EVENT % b"a"), b"0\r\n\r\n"])
     monkeypatch.setattr(Answer, "end", broken)

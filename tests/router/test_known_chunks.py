@@ -5,9 +5,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from pools import local_pool
 
 from roost_router.http import upstream as upstream_module
-from roost_router.http.known_heads import KnownHeads, read_known_response
 from roost_router.http.upstream import Upstream
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -25,15 +25,6 @@ class Wire:
 
     def abort(self) -> None:
         self.is_closed = True
-
-
-class Pool:
-    def __init__(self) -> None:
-        self.heads = KnownHeads(read_known_response)
-        self.kept = 0
-
-    def keep(self, upstream: Upstream) -> None:
-        self.kept += 1
 
 
 class FramedListener:
@@ -60,14 +51,14 @@ class FramedListener:
 
 
 def hear(pieces: list[bytes]) -> tuple[FramedListener, bool, int]:
-    pool, wire, listener = Pool(), Wire(), FramedListener()
-    upstream = Upstream(pool)  # type: ignore[arg-type]
+    pool, wire, listener = local_pool(), Wire(), FramedListener()
+    upstream = Upstream(pool)
     upstream.connection_made(wire)  # type: ignore[arg-type]
     upstream.send(listener, [b"ask"])
     for piece in pieces:
         if not wire.is_closed and upstream._listener is not None:
             upstream.data_received(piece)
-    return listener, wire.is_closed, pool.kept
+    return listener, wire.is_closed, len(pool._idle)
 
 
 def test_a_chunk_a_read_is_passed_on_as_it_came():
@@ -92,6 +83,7 @@ def test_in_the_middle_of_a_chunk_nothing_is_recognised(piece):
     assert listener.framed == []
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("seed", range(200))
 def test_streams_cut_anywhere_are_heard_alike(monkeypatch, seed):
     rng = Random(seed)

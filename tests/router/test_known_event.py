@@ -43,6 +43,7 @@ def decode_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("roost_router.answer.events.KnownEvent", NeverKnown)
 
 
+@pytest.mark.interpreted
 def test_a_repeating_event_is_known_after_two_and_decoded_no_more(monkeypatch):
     decoded = []
 
@@ -50,8 +51,8 @@ def test_a_repeating_event_is_known_after_two_and_decoded_no_more(monkeypatch):
         decoded.append(payload)
         return original(payload)
 
-    original = events_module._decode_chunk
-    monkeypatch.setattr("roost_router.answer.events._decode_chunk", decode)
+    original = events_module.decode_chunk
+    monkeypatch.setattr("roost_router.answer.events.decode_chunk", decode)
     relayed, (num_events, _, num_tokens, text, *_) = read([CHAT % b'"word "'] * 50)
     assert relayed == CHAT % b'"word "' * 50
     assert (num_events, num_tokens, text) == (50, 50, b"word " * 50)

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from pools import local_pool
 
 from roost_router.config import RouterConfig
 from roost_router.http import downstream
@@ -294,19 +295,6 @@ def test_a_connection_learns_from_its_own_requests(monkeypatch):
 # Answers of a replica
 
 
-class Pool:
-    """What a connection needs of its pool."""
-
-    def __init__(self, heads: KnownHeads[Any]) -> None:
-        self.heads = heads
-        self.kept = 0
-
-    def keep(self, upstream: Upstream) -> None:
-        self.kept += 1
-
-    def forget(self, upstream: Upstream) -> None: ...
-
-
 class Listener:
     """Notes what it hears; leaves at the head if told to."""
 
@@ -334,8 +322,9 @@ class Listener:
 
 
 def hear(data: list[bytes], heads: KnownHeads[Any]) -> tuple[Any, ...]:
-    pool, wire = Pool(heads), Wire()
-    upstream = Upstream(pool)  # type: ignore[arg-type]
+    pool, wire = local_pool(), Wire()
+    pool.heads = heads
+    upstream = Upstream(pool)
     upstream.connection_made(wire)  # type: ignore[arg-type]
     heard = []
     for piece in data:
@@ -345,7 +334,7 @@ def hear(data: list[bytes], heads: KnownHeads[Any]) -> tuple[Any, ...]:
         upstream.data_received(piece)
     if wire.is_closed:
         upstream.connection_lost(None)
-    return [(one.head, one.body, one.end) for one in heard], wire.is_closed, pool.kept
+    return [(one.head, one.body, one.end) for one in heard], wire.is_closed, len(pool._idle)
 
 
 def known_answers() -> KnownHeads[Any]:
@@ -354,15 +343,6 @@ def known_answers() -> KnownHeads[Any]:
     known.learn(ANSWER % 8)
     assert len(known) == 1
     return known
-
-
-class NoHeads(KnownHeads[Any]):
-    """Never knows anything."""
-
-    def __init__(self) -> None:
-        super().__init__(read_known_response)
-
-    def learn(self, data: bytes) -> None: ...
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -376,7 +356,7 @@ def test_mutated_answers_are_heard_as_llhttp_reads_them(seed):
             part = ANSWER % digits + body
             data += cut(mutate(part, rng) if rng.random() < 0.5 else part, rng)
 
-        assert hear(data, NoHeads()) == hear(data, known), data
+        assert hear(data, KnownHeads(lambda _: None)) == hear(data, known), data
 
 
 @pytest.mark.parametrize(

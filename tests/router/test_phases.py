@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from roost_router.answer import phases
-from roost_router.answer.phases import Answer, Phase, Verdict
-from roost_router.answer.resume import CannotResumeError
+from roost_router.answer.phases import MAX_HELD_BYTES, Answer, Phase, Verdict
+from roost_router.answer.resume import TEXT_DIALECTS, CannotResumeError
 from roost_router.fleet.retry_budget import RetryBudget
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -105,13 +104,13 @@ def test_other_statuses_are_the_answer(status):
     assert answer.held == [b"{}"]
 
 
-def test_a_whole_answer_is_held_up_to_a_limit_then_relayed(monkeypatch):
-    monkeypatch.setattr(phases, "MAX_HELD_BYTES", 10)
+def test_a_whole_answer_is_held_up_to_a_limit_then_relayed():
+    held = b"x" * MAX_HELD_BYTES
     answer = make()
     answer.begin()
     answer.head(200, is_stream=False, seed=None)
-    assert answer.body(b"x" * 10) == b""
-    assert answer.body(b"y") == b"x" * 10 + b"y"
+    assert answer.body(held) == b""
+    assert answer.body(b"y") == held + b"y"
     assert answer.body(b"z") == b"z"
     assert answer.lost("gone", 0.0) is Verdict.CUT
 
@@ -214,7 +213,7 @@ def test_unknown_servers_are_not_asked_to_continue(dialect):
     answer.lost("gone", 0.0)
     with pytest.raises(CannotResumeError, match="cannot continue"):
         answer.next_body(dialect)
-    assert answer.dialects() == (phases.TEXT_DIALECTS,)
+    assert answer.dialects() == (TEXT_DIALECTS,)
 
 
 def test_nothing_but_a_role_is_simply_asked_again():

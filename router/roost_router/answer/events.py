@@ -24,6 +24,7 @@ from typing import Final
 
 import msgspec
 
+from roost_router.answer.chunk import Choice, Chunk, Delta, decode_chunk
 from roost_router.answer.known_event import KnownEvent
 from roost_router.answer.usage import Usage, decode_usage
 from roost_wire.resume import COMMENT_PREFIX, read_comment
@@ -31,34 +32,8 @@ from roost_wire.resume import COMMENT_PREFIX, read_comment
 #: A longer event cuts the leg; it may carry logprobs, hence more than a text needs.
 MAX_EVENT_BYTES: Final = 1 << 20
 
-_EMPTY_RAW: Final = msgspec.Raw(b"")
 _NOTHING: Final = frozenset({b"", b"null", b"[]", b"{}", b'""'})
 _BETWEEN: Final = re.compile(rb"(?:\r?\n){2,}")
-
-
-class _Delta(msgspec.Struct):
-    content: str | None = None
-    tool_calls: msgspec.Raw = _EMPTY_RAW
-    function_call: msgspec.Raw = _EMPTY_RAW
-    reasoning: msgspec.Raw = _EMPTY_RAW
-    reasoning_content: msgspec.Raw = _EMPTY_RAW
-    refusal: msgspec.Raw = _EMPTY_RAW
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-    delta: _Delta | None = None
-    text: str | None = None
-    finish_reason: str | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: msgspec.Raw = _EMPTY_RAW
-    error: msgspec.Raw = _EMPTY_RAW
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class Emitted:
@@ -150,7 +125,6 @@ class EventReader:
             self._emitted.add_ids(ids)
             self._add_text(text)
             return event
-        self._only_text = None
         block = self._read(whole[:-2])
         if self._only_text is not None:
             self._known.learn(event, self._only_text)
@@ -176,6 +150,7 @@ class EventReader:
 
     def _read(self, block: bytes) -> bytes | None:
         """Note what an event says; the event as it is relayed, or None."""
+        self._only_text = None
         if self.fault is not None or self._emitted.is_done:
             return None
         ids = b""
@@ -203,7 +178,7 @@ class EventReader:
     def _note(self, payload: bytes, ids: bytes) -> bool:
         emitted = self._emitted
         try:
-            chunk = _decode_chunk(payload)
+            chunk = decode_chunk(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             emitted.is_understood = False
             self.num_events += 1
@@ -223,7 +198,7 @@ class EventReader:
             emitted.has_usage |= not chunk.choices
         return True
 
-    def _note_choice(self, choice: _Choice) -> None:
+    def _note_choice(self, choice: Choice) -> None:
         emitted, text, delta = self._emitted, choice.text, choice.delta
         if delta is not None:
             text = delta.content
@@ -247,12 +222,12 @@ def _only_text(event: bytes) -> str | None:
     if not event.startswith(b"data: ") or not event.endswith(b"\n\n") or b"\n" in event[:-2]:
         return None
     try:
-        return _text_of(_decode_chunk(event[6:-2]))
+        return _text_of(decode_chunk(event[6:-2]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
-def _text_of(chunk: _Chunk) -> str | None:
+def _text_of(chunk: Chunk) -> str | None:
     """The text of a chunk that holds nothing else, or None."""
     if len(chunk.choices) != 1 or chunk.error or (chunk.usage and bytes(chunk.usage) != b"null"):
         return None
@@ -284,7 +259,7 @@ def _closed(block: bytes | None) -> bytes:
     return block + b"\n\n" if block is not None else b""
 
 
-def _holds_more(delta: _Delta) -> bool:
+def _holds_more(delta: Delta) -> bool:
     """Whether a delta holds anything but text."""
     calls = (delta.tool_calls, delta.function_call)
     texts = (delta.refusal, delta.reasoning, delta.reasoning_content)

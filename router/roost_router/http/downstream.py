@@ -13,7 +13,7 @@ import fcntl
 import sys
 import termios
 from collections import deque
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import httptools
 
@@ -21,6 +21,7 @@ from roost_router.errors import (
     BadRequestError,
     BodyTooLargeError,
     ClientTimeoutError,
+    HeadTooLargeError,
     RouterError,
 )
 from roost_router.http.head import (
@@ -132,8 +133,8 @@ class Service(Protocol):
         ...
 
 
-class Downstream(asyncio.Protocol):
-    """One connection from a client."""
+class Downstream:
+    """One connection from a client: an asyncio.Protocol, but for its base class."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -151,6 +152,7 @@ class Downstream(asyncio.Protocol):
         self._num_served = 0  # requests
         self._num_written = 0  # bytes
         self._patience = Patience()
+        self._rejection: RouterError | None = None  # why a callback ended llhttp's reading
         self._is_upgrade = False  # whose head asked for another protocol, see _ignore_upgrade
         self._reset()
 
@@ -280,6 +282,9 @@ class Downstream(asyncio.Protocol):
         if active is not None:
             active.client_gone()
 
+    def eof_received(self) -> None:
+        """asyncio: the client sends no more; nothing said, the transport closes."""
+
     def pause_writing(self) -> None:
         """asyncio: the client reads too slowly."""
         self._is_paused = True
@@ -340,8 +345,7 @@ class Downstream(asyncio.Protocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
-            cause = error.__context__
-            self._stop(cause if isinstance(cause, RouterError) else BadRequestError(str(error)))
+            self._stop(self._rejection or BadRequestError(str(error)))
         except httptools.HttpParserError as error:
             self._stop(BadRequestError(f"the request is not valid HTTP/1.1: {error}"))
         else:
@@ -368,7 +372,7 @@ class Downstream(asyncio.Protocol):
         if not self._has_head:
             self._headers.append((name.lower(), value))
             if len(self._headers) > MAX_HEADERS:
-                raise HeadTooLargeError(f"more than {MAX_HEADERS} headers")
+                self._reject(HeadTooLargeError(f"more than {MAX_HEADERS} headers"))
 
     def on_headers_complete(self) -> None:
         """llhttp: the head is complete; judge the announced size before the body comes."""
@@ -380,7 +384,7 @@ class Downstream(asyncio.Protocol):
                 num_hosts += 1
             elif name == b"content-length":
                 if int(value) > self._service.max_body_bytes:
-                    raise BodyTooLargeError(self._service.max_body_bytes)
+                    self._reject(BodyTooLargeError(self._service.max_body_bytes))
             elif name == b"expect":
                 if value.lower() == b"100-continue" and self._active is None:
                     self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -388,17 +392,17 @@ class Downstream(asyncio.Protocol):
                 # llhttp takes any list that ends in "chunked": what is below would be passed on.
                 value.strip(b" ").lower() != b"chunked" or version == "1.0"
             ):
-                raise BadRequestError("the only Transfer-Encoding is chunked, in HTTP/1.1")
+                self._reject(BadRequestError("the only Transfer-Encoding is chunked, in HTTP/1.1"))
         if num_hosts != 1 and (num_hosts or version == "1.1"):
-            raise BadRequestError("a request has exactly one Host header")
+            self._reject(BadRequestError("a request has exactly one Host header"))
         if version not in {"1.0", "1.1"}:
-            raise BadRequestError(f"HTTP/{version} is not spoken here; use HTTP/1.1")
+            self._reject(BadRequestError(f"HTTP/{version} is not spoken here; use HTTP/1.1"))
 
     def on_body(self, data: bytes) -> None:
         """llhttp: some of the body."""
         self._extend_body(data)
         if self._body_bytes > self._service.max_body_bytes:
-            raise BodyTooLargeError(self._service.max_body_bytes)
+            self._reject(BodyTooLargeError(self._service.max_body_bytes))
 
     def on_message_complete(self) -> None:
         """llhttp: a request is complete, or, with an Upgrade header, its head is."""
@@ -431,6 +435,11 @@ class Downstream(asyncio.Protocol):
         except RouterError as error:
             self._stop(error)
 
+    def _reject(self, error: RouterError) -> NoReturn:
+        """End `feed_data`; llhttp's wrapper drops what a callback raises."""
+        self._rejection = error
+        raise error
+
     def _enqueue(self, request: Request) -> None:
         """Serve `request`, now or after those before it. Raises BadRequestError: too many."""
         if self._active is None and not self._waiting and not self._is_paused:
@@ -440,7 +449,7 @@ class Downstream(asyncio.Protocol):
         if len(self._waiting) >= _MAX_PIPELINED or (
             self._waiting and self._waiting_bytes > self._service.max_body_bytes
         ):
-            raise BadRequestError("too many pipelined requests")
+            self._reject(BadRequestError("too many pipelined requests"))
         self._waiting.append(request)
 
     def _extend_body(self, data: bytes) -> None:
@@ -522,7 +531,7 @@ class Downstream(asyncio.Protocol):
     def _count_head(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise HeadTooLargeError(f"the request head exceeds {MAX_HEAD_BYTES} bytes")
+            self._reject(HeadTooLargeError(f"the request head exceeds {MAX_HEAD_BYTES} bytes"))
 
     def _reset(self) -> None:
         self._target = b""
@@ -549,10 +558,3 @@ def _num_unacknowledged(transport: asyncio.Transport) -> int:
         return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except OSError:
         return 0
-
-
-class HeadTooLargeError(BadRequestError):
-    """Too many or too long header lines."""
-
-    status = 431
-    code = "head_too_large"

@@ -124,8 +124,7 @@ class _Collector:
     def __init__(self) -> None:
         self.target = b""
         self.headers: Headers = []
-        self.has_head = False
-        self.is_whole = False
+        self.heard = ""  # H: the head is complete, E: the message is
         self.keep_alive = False
 
     def on_url(self, url: bytes) -> None:
@@ -135,10 +134,10 @@ class _Collector:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self.has_head = True
+        self.heard += "H"
 
     def on_message_complete(self) -> None:
-        self.is_whole = True
+        self.heard += "E"
         self.keep_alive = self.parser.should_keep_alive()  # llhttp forgets it after this
 
 
@@ -163,19 +162,16 @@ def read_known_response(data: bytes) -> ResponseHead | None:
 def _is_plain(collector: _Collector, data: bytes) -> bool:
     """Whether `data` is exactly one head, of a kind that may be known."""
     parser = collector.parser
+    heard = []
     try:
-        parser.feed_data(data[:-1])
-        if collector.has_head:
-            return False
-        parser.feed_data(data[-1:])
-        if not collector.has_head or collector.is_whole:
-            return False
-        parser.feed_data(b"x")
+        for piece in (data[:-1], data[-1:], b"x"):
+            parser.feed_data(piece)
+            heard.append(collector.heard)
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         return False
     lengths = [value for name, value in collector.headers if name == b"content-length"]
     return (
-        collector.is_whole
+        heard == ["", "H", "HE"]
         and collector.keep_alive
         and parser.get_http_version() == "1.1"
         and lengths == [b"1"]

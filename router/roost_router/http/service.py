@@ -18,6 +18,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from random import Random
+from typing import cast
 from urllib.parse import unquote
 
 import msgspec
@@ -121,7 +122,7 @@ class DataService:
         """Accept clients on `sock`."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Downstream(self), sock=sock, backlog=BACKLOG
+            lambda: cast("asyncio.Protocol", Downstream(self)), sock=sock, backlog=BACKLOG
         )
         self.watch()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -51,8 +51,8 @@ class Listener(Protocol):
         ...
 
 
-class Upstream(asyncio.Protocol):
-    """One connection to a replica."""
+class Upstream:
+    """One connection to a replica: an asyncio.Protocol, but for its base class."""
 
     def __init__(self, pool: UpstreamPool) -> None:
         self._pool = pool
@@ -132,6 +132,15 @@ class Upstream(asyncio.Protocol):
             listener.on_end()
         else:
             listener.on_lost(str(exc) if exc else "the replica closed the connection")
+
+    def eof_received(self) -> None:
+        """asyncio: the replica sends no more; nothing said, the transport closes."""
+
+    def pause_writing(self) -> None:
+        """asyncio: the replica does not take a request as fast; it waits in our buffer."""
+
+    def resume_writing(self) -> None:
+        """asyncio: it takes it again."""
 
     def data_received(self, data: bytes) -> None:
         """asyncio: bytes from the replica."""
@@ -345,10 +354,10 @@ class UpstreamPool:
 
     async def dial(self) -> Upstream:
         """A new connection. Raises OSError (TimeoutError is one)."""
+        upstream = Upstream(self)
+        protocol = cast("asyncio.Protocol", upstream)
         async with asyncio.timeout(self._connect_timeout_s):
-            _, upstream = await self._loop.create_connection(
-                lambda: Upstream(self), *self._address, ssl=self._ssl
-            )
+            await self._loop.create_connection(lambda: protocol, *self._address, ssl=self._ssl)
         return upstream
 
     def keep(self, upstream: Upstream) -> None:

@@ -70,6 +70,9 @@ class Recorder:
     def close(self) -> None:
         self.is_open = False
 
+    def can_write_eof(self) -> bool:
+        return False
+
     def __getattr__(self, name: str):
         """What else a connection may ask its service or transport for."""
         if name.startswith("_"):
