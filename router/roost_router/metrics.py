@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
-    from roost_router.http.exchange import RequestRecord
+    from roost_router.http.record import RequestRecord
     from roost_router.placement import Placer
 
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)

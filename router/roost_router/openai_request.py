@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from struct import error as StructError
 from struct import pack
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from xxhash import xxh3_128_hexdigest
 
 from roost_router.errors import BadRequestError
+from roost_router.openai_body import Chat, decode_chat, decode_completion, decode_embedding
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -33,46 +34,13 @@ _FIELD = b"\x1f"  # ends a field, and
 _RECORD = b"\x1e"  # a message: neither occurs in text that a template would render
 
 
-class RoutingFields(msgspec.Struct, frozen=True):
+class RoutingFields:
     """What placement is decided on."""
 
-    model: str
-    stream: bool
-    prompt: bytes  # canonical prompt
-
-
-class _Message(msgspec.Struct):
-    role: str = ""
-    content: Any = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: msgspec.Raw = msgspec.Raw(b"")
-
-
-class _Chat(msgspec.Struct):
-    model: str
-    messages: list[_Message]
-    stream: bool | None = None
-    tools: msgspec.Raw = msgspec.Raw(b"")
-    cache_salt: str | None = None
-
-
-class _Completion(msgspec.Struct):
-    model: str
-    prompt: Any = ""
-    stream: bool | None = None
-    cache_salt: str | None = None
-
-
-class _Embedding(msgspec.Struct):
-    model: str
-    input: Any
-    cache_salt: str | None = None
-
-
-_embedding_decoder = msgspec.json.Decoder(_Embedding)
-_chat_decoder = msgspec.json.Decoder(_Chat)
-_completion_decoder = msgspec.json.Decoder(_Completion)
+    def __init__(self, model: str, *, stream: bool, prompt: bytes) -> None:
+        self.model: Final = model
+        self.stream: Final = stream
+        self.prompt: Final = prompt  # canonical prompt
 
 
 def read_routing_fields(path: str, body: bytes) -> RoutingFields:
@@ -82,16 +50,18 @@ def read_routing_fields(path: str, body: bytes) -> RoutingFields:
     """
     try:
         if path == CHAT_PATH:
-            chat = _chat_decoder.decode(body)
-            return RoutingFields(chat.model, bool(chat.stream), _chat_prompt(chat))
+            chat = decode_chat(body)
+            return RoutingFields(chat.model, stream=bool(chat.stream), prompt=_chat_prompt(chat))
         if path == EMBEDDINGS_PATH:
-            embedding = _embedding_decoder.decode(body)
+            embedding = decode_embedding(body)
             head = _head(b"embed", embedding.model, embedding.cache_salt)
-            return RoutingFields(embedding.model, False, head + _prompts(embedding.input))
-        completion = _completion_decoder.decode(body)
+            return RoutingFields(
+                embedding.model, stream=False, prompt=head + _prompts(embedding.input)
+            )
+        completion = decode_completion(body)
         prompt = _head(b"text", completion.model, completion.cache_salt)
         prompt += _prompts(completion.prompt)
-        return RoutingFields(completion.model, bool(completion.stream), prompt)
+        return RoutingFields(completion.model, stream=bool(completion.stream), prompt=prompt)
     except msgspec.ValidationError as error:
         raise BadRequestError(str(error), param=_param(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -100,7 +70,7 @@ def read_routing_fields(path: str, body: bytes) -> RoutingFields:
         raise BadRequestError("the body is nested too deeply", code="invalid_json") from None
 
 
-def _chat_prompt(chat: _Chat) -> bytes:
+def _chat_prompt(chat: Chat) -> bytes:
     if len(chat.messages) == 1 and not chat.tools:
         message = chat.messages[0]
         content, salt = message.content, chat.cache_salt or ""

@@ -24,9 +24,7 @@ Not here: any I/O, retries, how bytes reach the replica.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import msgspec
+from typing import TYPE_CHECKING, Final
 
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
@@ -59,29 +57,46 @@ _NO_DEPTHS: dict[int, int] = {}
 _MIN_EVENTS_FOR_ITL = 8
 
 
-class Placement(msgspec.Struct, kw_only=True):
+class Placement:
     """One request on one replica, from decision to end."""
 
-    replica: Replica
-    model: str
-    decision: Decision
-    candidates: list[Candidate]
-    stamp: int
-    placed_at: float  # seconds, monotonic
-    prefilled_at: float  # predicted; believed where the answer shows nothing before its end
-    prompt_bytes: int
-    matched_tokens: int  # predicted
-    uncached_tokens: int  # predicted; what was reserved
-    work_tokens: int  # uncached tokens that stood before the first token, queue included
-    holder: int  # epoch of the replica at decision time
-    chain: list[int]
-    matched_blocks: int
-    matched_stamps: list[int]  # stamps of the matched blocks before this placement
-    oldest_pending: int  # oldest placement of this replica still without a first byte
-    first_byte_at: float | None = None
-    is_decoding: bool = False  # counted as a running stream, no longer as queued
-    is_finished: bool = False
-    has_learnt: bool = False
+    def __init__(  # noqa: PLR0917
+        self,
+        replica: Replica,
+        fields: RoutingFields,
+        decision: Decision,
+        candidates: list[Candidate],
+        chain: list[int],
+        matched_blocks: int,
+        matched_stamps: list[int],
+        stamp: int,
+        oldest_pending: int,
+        now: float,
+    ) -> None:
+        chosen = candidates[decision.chosen]
+        self.replica: Final = replica
+        self.model: Final = fields.model
+        self.decision: Final = decision
+        self.candidates: Final = candidates
+        self.stamp: Final = stamp
+        self.placed_at: Final = now  # seconds, monotonic
+        self.prompt_bytes: Final = len(fields.prompt)
+        self.matched_tokens: Final = chosen.matched_tokens  # predicted
+        self.uncached_tokens: Final = chosen.uncached_tokens  # predicted; what was reserved
+        #: Uncached tokens that stood before the first token, queue included.
+        self.work_tokens: Final = chosen.queued_tokens + chosen.uncached_tokens
+        #: Predicted; believed where the answer shows nothing before its end.
+        self.prefilled_at: Final = now + self.work_tokens / chosen.prefill_tokens_per_s
+        self.holder: Final = replica.holder  # epoch of the replica at decision time
+        self.chain: Final = chain
+        self.matched_blocks: Final = matched_blocks
+        self.matched_stamps: Final = matched_stamps  # of the blocks before this placement
+        #: Oldest placement of this replica still without a first byte.
+        self.oldest_pending: Final = oldest_pending
+        self.first_byte_at: float | None = None
+        self.is_decoding = False  # counted as a running stream, no longer as queued
+        self.is_finished = False
+        self.has_learnt = False
 
     def explain(self) -> str:
         """Why this replica: every candidate with what it held, had to do, and would cost."""
@@ -141,15 +156,15 @@ class Placer:
             candidates.append(
                 Candidate(
                     replica.name,
-                    matched_tokens,
-                    prompt_tokens - matched_tokens,
-                    replica.queued_tokens,
-                    replica.num_decoding,
-                    speed.prefill_tokens_per_s
+                    matched_tokens=matched_tokens,
+                    uncached_tokens=prompt_tokens - matched_tokens,
+                    queued_tokens=replica.queued_tokens,
+                    num_decoding=replica.num_decoding,
+                    prefill_tokens_per_s=speed.prefill_tokens_per_s
                     if speed.num_observed
                     else fleet.prefill_tokens_per_s(replica),
-                    speed.decode_s,
-                    replica.recent_uncached_tokens(now),
+                    decode_s=speed.decode_s,
+                    recent_uncached_tokens=replica.recent_uncached_tokens(now),
                 )
             )
         decision = self._policy.pick(candidates, self._rng)
@@ -253,29 +268,19 @@ class Placer:
         now: float,
     ) -> Placement:
         self._stamp = stamp = self._stamp + 1
-        chosen = candidates[decision.chosen]
         pending, holder = self._pending[replica.name], replica.holder
         matched_blocks = depths.get(holder, 0)
-        work_tokens = chosen.queued_tokens + chosen.uncached_tokens
         placement = Placement(
-            replica=replica,
-            model=fields.model,
-            decision=decision,
-            candidates=candidates,
-            stamp=stamp,
-            placed_at=now,
-            prefilled_at=now + work_tokens / chosen.prefill_tokens_per_s,
-            prompt_bytes=len(fields.prompt),
-            matched_tokens=chosen.matched_tokens,
-            uncached_tokens=chosen.uncached_tokens,
-            work_tokens=work_tokens,
-            holder=holder,
-            chain=chain,
-            matched_blocks=matched_blocks,
-            matched_stamps=self.index.stamps(holder, chain[:matched_blocks])
-            if matched_blocks
-            else [],
-            oldest_pending=next(iter(pending), stamp),
+            replica,
+            fields,
+            decision,
+            candidates,
+            chain,
+            matched_blocks,
+            self.index.stamps(holder, chain[:matched_blocks]) if matched_blocks else [],
+            stamp,
+            next(iter(pending), stamp),
+            now,
         )
         pending[stamp] = None
         if not fields.stream:

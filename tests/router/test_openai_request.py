@@ -40,7 +40,8 @@ def test_key_order_spacing_and_escapes_do_not_matter():
     one = b'{"model":"m","messages":[{"role":"user","content":"\\u00e9"}]}'
     two = '{ "messages": [ {"content": "é", "role": "user"} ], "model": "m", "seed": 1 }'.encode()
 
-    assert read_routing_fields(CHAT_PATH, one) == read_routing_fields(CHAT_PATH, two)
+    left, right = (read_routing_fields(CHAT_PATH, body) for body in (one, two))
+    assert (left.model, left.stream, left.prompt) == (right.model, right.stream, right.prompt)
 
 
 def test_text_parts_are_their_texts_joined_by_newlines():

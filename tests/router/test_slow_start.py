@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from random import Random
 
 import pytest
@@ -26,7 +27,7 @@ def make_placer(num_replicas: int) -> Placer:
 
 def ask(number: int, num_bytes: int = 2048) -> RoutingFields:
     prompt = (b"%d " % number) * num_bytes
-    return RoutingFields("m", True, prompt[:num_bytes])
+    return RoutingFields("m", stream=True, prompt=prompt[:num_bytes])
 
 
 def serve(placer: Placer, number: int) -> str:
@@ -53,8 +54,8 @@ def with_a_newcomer() -> Placer:
         ([], []),
         ([0, MIN_BYTES - 1], [False, False]),
         ([0, MIN_BYTES], [True, False]),
-        ([THIN_SHARE * MIN_BYTES, MIN_BYTES], [False, False]),
-        ([THIN_SHARE * MIN_BYTES - 1, MIN_BYTES], [True, False]),
+        ([ceil(THIN_SHARE * MIN_BYTES), MIN_BYTES], [False, False]),
+        ([ceil(THIN_SHARE * MIN_BYTES) - 1, MIN_BYTES], [True, False]),
     ],
 )
 def test_thin_is_relative_to_the_fullest(held, expected):

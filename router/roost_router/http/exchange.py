@@ -19,7 +19,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Concatenate, Final, Literal, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
 import msgspec
 
@@ -42,6 +42,7 @@ from roost_router.http.head import (
     get_header,
     replica_head,
 )
+from roost_router.http.record import Outcome, RequestRecord
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 
@@ -61,27 +62,6 @@ _BACKOFF_S: Final = (0.01, 0.05)
 _MAX_JOINED_BYTES: Final = 16 << 10
 #: Seconds that a whole answer may still take on a replica that answers no poll any more.
 _GONE_S: Final = 10.0
-
-
-#: How a request ended; a metric label, and no Enum: the value of one costs a call.
-#: Errors are ours or the replica's; "cut": lost after the first byte, and not to be continued.
-Outcome = Literal["ok", "client_error", "server_error", "client_gone", "cut"]
-
-
-class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What observers are told of a finished request."""
-
-    model: str
-    replica: str | None
-    outcome: Outcome
-    status: int
-    attempts: int
-    resumes: int
-    duration_s: float
-    ttft_s: float | None
-    matched_tokens: int | None  # predicted
-    cached_tokens: int | None  # reported
-    prompt_tokens: int | None  # reported
 
 
 def _guarded(
@@ -599,19 +579,15 @@ class Exchange:
         if self._upstream is not None:
             self._upstream.abandon()
             self._upstream = None
-        first, answer = self._first_placement, self._answer
         record = RequestRecord(
-            model=self._fields.model,
-            replica=placement.replica.name if placement is not None else None,
+            self._fields.model,
+            self._answer,
+            placement=placement,
+            first=self._first_placement,
             outcome=outcome,
             status=status,
-            attempts=answer.num_attempts,
-            resumes=answer.num_resumes,
             duration_s=now - self._started_at,
             ttft_s=self._ttft_s,
-            matched_tokens=first.matched_tokens if first is not None else None,
-            cached_tokens=answer.cached_tokens,
-            prompt_tokens=answer.prompt_tokens,
         )
         try:
             if placement is not None:

@@ -26,7 +26,7 @@ Not here: what a block means (text_chain.py), whether the belief is right (place
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from roost_router.index.text_chain import BLOCK_BYTES
 
@@ -211,11 +211,37 @@ class PrefixIndex:
 
 
 def _thin_out(held: _Held) -> None:
-    """Keep of each entry what is still its own: the blocks after those touched later."""
+    """Keep of each entry what is still its own. O(entries), bisecting those cut in two.
+
+    No block is younger than its parent, so blocks touched later come first in an entry, and blocks
+    that are gone come last.
+    """
     touches: deque[tuple[int, list[int], int]] = deque()
+    get, num_touched = held.stamps.get, 0
     for stamp, blocks, first in held.touches:
-        own = [block for block in blocks if held.stamps.get(block) == stamp]
-        if own:
-            touches.append((stamp, own, first + len(blocks) - len(own)))
+        end = len(blocks)
+        while end and get(blocks[end - 1]) is None:
+            end -= 1
+        start = _first_own(get, blocks, end, stamp)
+        if start < end:
+            own = blocks[start:end] if end - start < len(blocks) else blocks
+            touches.append((stamp, own, first + start))
+            num_touched += end - start
     held.touches = touches
-    held.num_touched = len(held.stamps)
+    held.num_touched = num_touched
+
+
+def _first_own(get: Callable[[int], int | None], blocks: list[int], end: int, stamp: int) -> int:
+    """Place of the first of `blocks[:end]`, all held, that was not touched after `stamp`."""
+    if not end or get(blocks[end - 1]) != stamp:
+        return end
+    if get(blocks[0]) == stamp:
+        return 0
+    low, high = 0, end - 1  # blocks[low] was touched later, blocks[high] was not
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if get(blocks[middle]) == stamp:
+            high = middle
+        else:
+            low = middle
+    return high

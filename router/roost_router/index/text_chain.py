@@ -36,18 +36,16 @@ BLOCK_BYTES = [TEXT_BLOCK_BYTES] * _NUM_SMALL + [
     for _ in range(_NUM_PER_DOUBLING)
 ]
 _ENDS = [sum(BLOCK_BYTES[: place + 1]) for place in range(len(BLOCK_BYTES))]
-_SLICES = [
-    slice(end - size, end) for size, end in zip(BLOCK_BYTES, _ENDS, strict=True)
-]  # made once: a slice object costs as much as a hash
 
 
 def text_chain(prompt: bytes) -> list[int]:
     """Hashes of all whole blocks of `prompt`; a rest has none. O(bytes)."""
     chain: list[int] = []
-    parent = 0
-    for block in _SLICES[: num_whole_blocks(len(prompt))]:
-        parent = xxh3_64_intdigest(prompt[block], parent)
+    parent = start = 0
+    for end in _ENDS[: num_whole_blocks(len(prompt))]:
+        parent = xxh3_64_intdigest(prompt[start:end], parent)
         chain.append(parent)
+        start = end
     return chain
 
 

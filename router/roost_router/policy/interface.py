@@ -8,32 +8,46 @@ file of its own; cost.py is the smallest example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from random import Random
 
 
-class Candidate(msgspec.Struct, frozen=True, gc=False):
+class Candidate:
     """One replica that could take the request, with all that a policy may look at."""
 
-    name: str
-    matched_tokens: int  # of this prompt, believed to be in its KV cache
-    uncached_tokens: int  # of this prompt, to be computed there
-    queued_tokens: int  # uncached tokens of requests placed there before, not yet computed
-    num_decoding: int  # streams running
-    prefill_tokens_per_s: float
-    decode_s: float  # seconds that one running stream adds to a step
-    recent_uncached_tokens: float  # prefill work placed there lately, fading
+    def __init__(
+        self,
+        name: str,
+        *,
+        matched_tokens: int,
+        uncached_tokens: int,
+        queued_tokens: int,
+        num_decoding: int,
+        prefill_tokens_per_s: float,
+        decode_s: float,
+        recent_uncached_tokens: float,
+    ) -> None:
+        self.name: Final = name
+        self.matched_tokens: Final = matched_tokens  # of this prompt, believed in its KV cache
+        self.uncached_tokens: Final = uncached_tokens  # of this prompt, to be computed there
+        #: Uncached tokens of requests placed there before, not yet computed.
+        self.queued_tokens: Final = queued_tokens
+        self.num_decoding: Final = num_decoding  # streams running
+        self.prefill_tokens_per_s: Final = prefill_tokens_per_s
+        self.decode_s: Final = decode_s  # seconds that one running stream adds to a step
+        #: Prefill work placed there lately, fading.
+        self.recent_uncached_tokens: Final = recent_uncached_tokens
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision:
     """The pick, and enough to explain it."""
 
-    chosen: int  # index into the candidates
-    costs_s: list[float]  # one for each candidate, in seconds; what they hold is the policy's
+    def __init__(self, chosen: int, costs_s: list[float]) -> None:
+        self.chosen: Final = chosen  # index into the candidates
+        #: One for each candidate, in seconds; what they hold is the policy's.
+        self.costs_s: Final = costs_s
 
 
 class Policy(Protocol):
