@@ -9,8 +9,7 @@ gets a new one, so that old knowledge disappears in O(1); the retired blocks are
 few with each `add`. A *stamp* is the sequence number of the placement that touched the block
 last; stamps never decrease.
 
-Least recently used without moving anything: touching a chain sets its stamps, one dict update in
-C, and appends one entry to `touches`. A block of an entry whose stamp is another by now was
+Least recently used without moving anything: touching a chain sets its stamps and appends one entry to `touches`. A block of an entry whose stamp is another by now was
 touched later and is not this entry's any more. Entries are thinned out when they hold more than
 twice as many blocks as there are, so memory and time stay proportional to what is held.
 
@@ -141,8 +140,7 @@ class PrefixIndex:
     def add(self, holder: int, chain: Sequence[int], stamp: int) -> None:
         """Note that `holder` holds all of `chain` from now on, and touch it.
 
-        Nothing is evicted yet, see `trim`: the replica may still refuse the prompt. O(blocks
-        that are new) in Python, O(len(chain)) in C.
+        Nothing is evicted yet, see `trim`: the replica may still refuse the prompt. O(len(chain)).
         """
         if not chain:
             return
@@ -154,7 +152,8 @@ class PrefixIndex:
             block = chain[place]
             holders[block] = get(block, 0) | bit
             held.num_bytes += BLOCK_BYTES[place]
-        stamps.update(dict.fromkeys(chain, stamp))
+        for block in chain:
+            stamps[block] = stamp
         held.touches.append((stamp, list(chain), 0))
         held.num_touched += len(chain)
         if held.num_touched > 2 * len(stamps) + _SLACK_BLOCKS:
