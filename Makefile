@@ -1,6 +1,6 @@
 # Every target does one thing. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev test check lint imports types unit compiled model e2e simulation soak edge fuzz bench docs fmt dist clean
+.PHONY: help run setup setup-dev test check lint imports types unit compiled unit-compiled model e2e simulation soak edge fuzz bench docs fmt dist clean
 export PYTHONSAFEPATH := 1
 BIN := .venv/bin
 SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
@@ -24,7 +24,7 @@ setup-dev: .venv/.dev ## Make .venv with all that tests and linters need
 .venv/.dev: $(SETUP)
 	@deploy/setup.sh dev && touch .venv/.engine
 
-test: check compiled model e2e simulation ## All tests: what CI runs
+test: check unit-compiled model e2e simulation ## All tests: what CI runs
 
 check: lint imports types unit ## The quick loop: linters, types, unit tests
 
@@ -46,7 +46,9 @@ $(COMPILED)/.done: $(shell find router -name '*.py') .venv/.dev deploy/compile_r
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/wheel/*.whl && touch $@
 
-compiled: $(COMPILED)/.done ## The router's unit tests once more, as it is installed: compiled
+compiled: $(COMPILED)/.done ## Make build/compiled: the router as an install has it
+
+unit-compiled: $(COMPILED)/.done ## The router's unit tests once more, with that
 	@$(IN_COMPILED) $(TESTS) -n auto --dist worksteal -m "not interpreted" tests/router tests/wire
 
 model: setup-dev ## Tests of the engine with the real model
