@@ -174,25 +174,28 @@ def test_an_exact_resume_carries_ids_and_seed_and_keeps_the_body():
     assert answer.dialects()[0] == {"roost"}
 
 
-def test_a_resume_by_text_continues_the_message_and_the_limits():
+@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llamacpp", "roost"])
+def test_a_resume_by_text_continues_the_message_and_the_limits(dialect):
     asked = {"max_tokens": 10, "min_tokens": 1, "temperature": 0}
     answer = streaming(make(asked), ROLE, event("Hel"), event("lo"))
     assert answer.lost("gone", 0.0) is Verdict.RESUME
 
-    body = json.loads(answer.next_body("vllm") or b"")
+    body = json.loads(answer.next_body(dialect) or b"")
 
     assert body["messages"][-1] == {"role": "assistant", "content": "Hello"}
     assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
     assert (body["max_tokens"], body["min_tokens"], body["temperature"]) == (8, 0, 0)
 
 
-def test_a_completion_is_resumed_by_its_prompt():
+@pytest.mark.parametrize("dialect", ["sglang", "someone"])
+def test_a_completion_is_resumed_by_its_prompt_wherever(dialect):
     text = {"index": 0, "text": "lo", "finish_reason": None}
     body = json.dumps({"model": "m", "prompt": "Hel", "stream": True}).encode()
     answer = streaming(Answer(body, LIMITS, RetryBudget(), 9.0), event(choices=[text]))
     answer.lost("gone", 0.0)
 
-    assert json.loads(answer.next_body("sglang") or b"")["prompt"] == "Hello"
+    assert answer.dialects() == (TEXT_DIALECTS, None)
+    assert json.loads(answer.next_body(dialect) or b"")["prompt"] == "Hello"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_what_text_cannot_continue_is_refused(asked):
         answer.next_body("vllm")
 
 
-@pytest.mark.parametrize("dialect", ["", "llamacpp", "someone"])
+@pytest.mark.parametrize("dialect", ["", "openai", "someone"])
 def test_unknown_servers_are_not_asked_to_continue(dialect):
     answer = streaming(make(), event("a"))
     answer.lost("gone", 0.0)

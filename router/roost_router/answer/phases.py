@@ -251,10 +251,13 @@ class Answer:
 
     def dialects(self) -> tuple[frozenset[str] | None, ...]:
         """Kinds of servers that could continue, best first; None: any."""
+        by_text: tuple[frozenset[str] | None, ...] = (TEXT_DIALECTS,)
+        if self.asked().has_text_prompt:  # any server goes on from a longer prompt
+            by_text = (TEXT_DIALECTS, None)
         if self._seed is not None:
-            return frozenset({EXACT_DIALECT}), TEXT_DIALECTS
+            return frozenset({EXACT_DIALECT}), *by_text
         is_empty = not self._emitted.text and self._emitted.is_plain_text
-        return (None,) if is_empty else (TEXT_DIALECTS,)
+        return (None,) if is_empty else by_text
 
     def next_body(self, dialect: str) -> bytes | None:
         """The body of the next leg on a replica of `dialect` (its `owned_by`).
@@ -270,7 +273,7 @@ class Answer:
             return exact_body(self._body, self._emitted, self._seed)
         if not self._emitted.text and self._emitted.is_plain_text:
             return self._body  # only the role was sent
-        if dialect not in TEXT_DIALECTS:
+        if dialect not in TEXT_DIALECTS and not asked.has_text_prompt:
             raise CannotResumeError(f"a server of '{dialect or 'unknown'}' cannot continue a text")
         if asked.max_tokens is not None and asked.max_tokens <= self._emitted.num_tokens:
             return None

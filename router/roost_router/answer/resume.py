@@ -3,8 +3,8 @@
 Exact, where both replicas are our engine: the same body with the tokens emitted so far and their
 seed (roost_wire/resume.py); the new leg continues as the lost one would have.
 
-By text, on engines that continue the last message (vLLM, SGLang) or a prompt: what was emitted
-becomes the start of the answer. Tokens may be cut differently there, sampling begins anew, and a
+By text, on engines that continue the last message (vLLM, SGLang, llama.cpp), and on any that
+continue a prompt: what was emitted becomes the start of the answer. Tokens may be cut differently there, sampling begins anew, and a
 stop string that spans the seam is missed. What cannot be continued so is refused rather than
 spoiled: several choices, tool calls, forced formats (a grammar would start over), log
 probabilities that count positions, echo.
@@ -25,7 +25,7 @@ from roost_wire.resume import Resume, with_resume
 
 #: What `owned_by` in /v1/models says of servers that we know how to continue on.
 EXACT_DIALECT: Final = "roost"
-TEXT_DIALECTS: Final = frozenset({"roost", "vllm", "sglang"})
+TEXT_DIALECTS: Final = frozenset({"roost", "vllm", "sglang", "llamacpp"})
 
 #: Fields that make continuing by text wrong.
 _UNFIT: Final = (
@@ -50,6 +50,11 @@ class Asked(msgspec.Struct, frozen=True):
         """`n`."""
         n = self.fields.get("n")
         return n if isinstance(n, int) else 1
+
+    @property
+    def has_text_prompt(self) -> bool:
+        """Whether `prompt` is one text: a completion, not a chat."""
+        return isinstance(self.fields.get("prompt"), str) and "messages" not in self.fields
 
     @property
     def wants_usage(self) -> bool:

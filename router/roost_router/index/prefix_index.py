@@ -9,9 +9,10 @@ gets a new one, so that old knowledge disappears in O(1); the retired blocks are
 few with each `add`. A *stamp* is the sequence number of the placement that touched the block
 last; stamps never decrease.
 
-Least recently used without moving anything: touching a chain sets its stamps and appends one entry to `touches`. A block of an entry whose stamp is another by now was
-touched later and is not this entry's any more. Entries are thinned out when they hold more than
-twice as many blocks as there are, so memory and time stay proportional to what is held.
+Least recently used without moving anything: touching a chain sets its stamps and appends one
+entry to `touches`. A block of an entry whose stamp is another by now was touched later and is not
+this entry's any more. Entries are thinned out when they hold more than twice as many blocks as
+there are, so memory and time stay proportional to what is held.
 
 Invariants
 - Residency is prefix-closed: whoever holds block i of a chain holds blocks 0..i-1. A placement
