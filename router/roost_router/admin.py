@@ -31,10 +31,11 @@ from roost_router.errors import (
     RouterError,
 )
 from roost_router.fleet.replica import Replica
-from roost_router.http.downstream import Answering, Downstream, Request, ServiceLimits
+from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header
 from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.service import DataService
+from roost_router.http.serving import Answering, Request, ServiceLimits
 from roost_router.placement import Placer
 
 #: Probes and scrapers are few. service.py leaves file descriptors for so many.

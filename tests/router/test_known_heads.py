@@ -15,13 +15,14 @@ from pools import local_pool
 
 from roost_router.config import RouterConfig
 from roost_router.http import downstream
-from roost_router.http.downstream import Downstream, Request
+from roost_router.http.downstream import Downstream
 from roost_router.http.known_heads import (
     MAX_KNOWN_BYTES,
     KnownHeads,
     read_known_request,
     read_known_response,
 )
+from roost_router.http.serving import Request
 from roost_router.http.upstream import Upstream
 
 BODY = b'{"model":"m","messages":[]}'

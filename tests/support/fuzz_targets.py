@@ -39,7 +39,8 @@ with (
     from roost_router.answer.usage import read_usage
     from roost_router.config import RouterConfig
     from roost_router.errors import BadRequestError
-    from roost_router.http.downstream import Downstream, Request
+    from roost_router.http.downstream import Downstream
+    from roost_router.http.serving import Request
     from roost_router.http.upstream import Upstream, UpstreamPool
     from roost_router.keys import KeyFileError, parse_keys
     from roost_router.openai_request import CHAT_PATH, COMPLETIONS_PATH, read_routing_fields

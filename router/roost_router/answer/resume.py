@@ -4,10 +4,10 @@ Exact, where both replicas are our engine: the same body with the tokens emitted
 seed (roost_wire/resume.py); the new leg continues as the lost one would have.
 
 By text, on engines that continue the last message (vLLM, SGLang, llama.cpp), and on any that
-continue a prompt: what was emitted becomes the start of the answer. Tokens may be cut differently there, sampling begins anew, and a
-stop string that spans the seam is missed. What cannot be continued so is refused rather than
-spoiled: several choices, tool calls, forced formats (a grammar would start over), log
-probabilities that count positions, echo.
+continue a prompt: what was emitted becomes the start of the answer. Tokens may be cut differently
+there, sampling begins anew, and a stop string that spans the seam is missed. What cannot be
+continued so is refused rather than spoiled: several choices, tool calls, forced formats (a grammar
+would start over), log probabilities that count positions, echo.
 
 The client must see one answer: events of later legs get the first leg's id, no second role, and
 a usage over all legs.

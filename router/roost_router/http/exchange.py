@@ -21,8 +21,6 @@ from collections.abc import Callable
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
-import msgspec
-
 from roost_router.answer.phases import Answer, Phase, Verdict
 from roost_router.answer.resume import CannotResumeError
 from roost_router.errors import (
@@ -35,11 +33,11 @@ from roost_router.errors import (
     error_body,
 )
 from roost_router.fleet.watch import MIN_ITL_S, is_stalled, itl_limit_s, ttft_limit_s, usual_gap_s
+from roost_router.http.error_shape import openai_shaped
 from roost_router.http.head import (
     REQUEST_TIMEOUT,
     ResponseHead,
     client_head,
-    get_header,
     replica_head,
 )
 from roost_router.http.record import Outcome, RequestRecord
@@ -47,8 +45,9 @@ from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 
 if TYPE_CHECKING:
-    from roost_router.http.downstream import Downstream, Request
+    from roost_router.http.downstream import Downstream
     from roost_router.http.service import DataService
+    from roost_router.http.serving import Request
     from roost_router.http.upstream import Upstream
 
 _Arguments = ParamSpec("_Arguments")
@@ -497,7 +496,7 @@ class Exchange:
         head = self._head
         assert head is not None
         if head.status >= 400:
-            head, body = _openai_shaped(head, body)
+            head, body = openai_shaped(head, body)
         start = self._client_head(head, b"content-length: %d\r\n" % len(body))
         self._client.write(start + body)
         self._finish()
@@ -617,23 +616,3 @@ def _timeout_s(request: Request) -> float:
     if not (isfinite(seconds) and seconds > 0):
         raise BadRequestError(f"{REQUEST_TIMEOUT.decode()} must be a positive number")
     return seconds
-
-
-def _openai_shaped(head: ResponseHead, body: bytes) -> tuple[ResponseHead, bytes]:
-    """The answer if it is a JSON error already, else its text in OpenAI's shape."""
-    if get_header(head.headers, b"content-encoding") is not None:
-        return head, body  # compressed unasked: not ours to read
-    try:
-        decoded = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        decoded = None
-    if isinstance(decoded, dict) and "error" in decoded:
-        return head, body
-    text = decoded.get("message") if isinstance(decoded, dict) else None
-    if not isinstance(text, str):
-        text = body.decode("utf-8", "replace").strip()[:500]
-        text = text or f"the replica answered {head.status}"
-    headers = [pair for pair in head.headers if pair[0] != b"content-type"]
-    headers.append((b"content-type", b"application/json"))
-    kind = "server_error" if head.status >= 500 else "invalid_request_error"
-    return ResponseHead(head.status, headers), error_body(text, kind, None, "upstream_status")

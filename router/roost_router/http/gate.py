@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from roost_router.access import Access
 from roost_router.errors import KeyRequiredError
-from roost_router.http.downstream import Request
 from roost_router.http.head import Headers, RequestHead, get_header
+from roost_router.http.serving import Request
 
 _MAX_JUDGED = 512
 

@@ -7,8 +7,9 @@ everything.
 from __future__ import annotations
 
 from roost_router.errors import KeyRequiredError, MethodNotAllowedError, RouterError
-from roost_router.http.downstream import Downstream, Request
+from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, response_head
+from roost_router.http.serving import Request
 
 
 class Ready:

@@ -34,13 +34,14 @@ from roost_router.errors import (
     RouterError,
 )
 from roost_router.fleet.replica import Replica
-from roost_router.http.downstream import Answering, Downstream, Request
+from roost_router.http.downstream import Downstream
 from roost_router.http.exchange import Exchange
 from roost_router.http.gate import Gate
 from roost_router.http.head import REQUEST_ID
 from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.record import RequestRecord
 from roost_router.http.request_ids import RequestIds
+from roost_router.http.serving import Answering, Request
 from roost_router.http.upstream import UpstreamPool
 from roost_router.listening import BACKLOG
 from roost_router.metrics import RouterMetrics

@@ -15,8 +15,9 @@ import h11
 import pytest
 
 from roost_router.config import RouterConfig
-from roost_router.http.downstream import Downstream, Request
+from roost_router.http.downstream import Downstream
 from roost_router.http.head import replica_head, to_replica
+from roost_router.http.serving import Request
 
 BODY = b'{"model":"m","prompt":"x"}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\nuser-agent: b\r\n"
