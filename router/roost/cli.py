@@ -10,6 +10,8 @@ import click
 
 from roost.bench_cli import bench
 from roost.cli_parts import FILE, PORT, WEIGHTS, needing_engine
+from roost.explain_cli import explain
+from roost.sim_cli import sim
 
 if TYPE_CHECKING:
     from roost_router.config import RouterConfig
@@ -50,6 +52,14 @@ def main(verbose: bool) -> None:
     type=click.FloatRange(0.01),
     default=1.0,
     help="Seconds between looks at a replica.",
+)
+@click.option(
+    "--policy",
+    default="cost",
+    metavar="NAME",
+    help="Who gets a request: cost is ours; for comparison sglang, smg, dynamo, llm-d, aibrix, "
+    "chwbl, production-stack-prefix, production-stack-session, least-outstanding, power-of-two, "
+    "round-robin; or module:Class of your own.",
 )
 @click.option(
     "--drain",
@@ -113,7 +123,7 @@ def main(verbose: bool) -> None:
     help="Clients need one of these keys; made by `roost keys new`, read again on SIGHUP.",
 )
 @click.option(
-    "--admin-keys-file", type=FILE, help="Likewise for /metrics and /replicas of the admin port."
+    "--admin-keys-file", type=FILE, help="Likewise for the admin port, but for /health and /ready."
 )
 @click.option(
     "--replica-key-file",
@@ -249,6 +259,8 @@ def serve(model: str, **options: Any) -> None:
 
 
 main.add_command(bench)
+main.add_command(explain)
+main.add_command(sim)
 
 
 @main.command()

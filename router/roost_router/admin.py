@@ -1,11 +1,12 @@
 """The admin plane, on a port of its own: what operators and orchestrators ask.
 
-GET /health    200 while the process lives (liveness)
-GET /ready     200 while requests can be placed, else 503 (readiness); 503 while draining
-GET /metrics   Prometheus
-GET /replicas  what the router believes of its replicas, as JSON
+GET /health        200 while the process lives (liveness)
+GET /ready         200 while requests can be placed, else 503 (readiness); 503 while draining
+GET /metrics       Prometheus
+GET /replicas      what the router believes of its replicas, as JSON
+GET /explain/{id}  why the request of that x-request-id went where it went (explanation.py)
 
-With admin keys, /metrics and /replicas ask for one; orchestrators probe the other two without.
+With admin keys, all but the first two ask for one; orchestrators probe those without.
 HEAD is answered wherever GET is: some load balancers probe with it. Every error is in OpenAI's
 shape, as on the data port, and connections are bounded as there, in a smaller number: a service
 beside the data plane's for the same Downstream.
@@ -17,7 +18,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, NamedTuple, cast
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -30,6 +35,7 @@ from roost_router.errors import (
     PathNotFoundError,
     RouterError,
 )
+from roost_router.explanation import ReceiptNotFoundError, explain
 from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header
@@ -37,6 +43,7 @@ from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.service import DataService
 from roost_router.http.serving import Answering, Request, ServiceLimits
 from roost_router.placement import Placer
+from roost_router.receipts import MAX_RECEIPTS
 
 #: Probes and scrapers are few. service.py leaves file descriptors for so many.
 MAX_CONNECTIONS = 64
@@ -47,6 +54,7 @@ _CHECK_S = 1.0
 #: Seconds for the last answers to be sent.
 _FLUSH_S = 0.5
 _OPEN_PATHS = frozenset({"/health", "/ready"})
+_EXPLAIN = "/explain/"
 _log = logging.getLogger(__name__)
 
 
@@ -143,7 +151,11 @@ class AdminService:
             given = get_header(request.headers, b"authorization")
             if keys.owner(given) is None:
                 raise KeyRequiredError(has_key=bool(given))
-        make = self._pages.get(path)
+        make: Callable[[], _Page] | None
+        if path.startswith(_EXPLAIN):
+            make = partial(self._explain, path.removeprefix(_EXPLAIN))
+        else:
+            make = self._pages.get(path)
         if make is None:
             raise PathNotFoundError(path)
         if request.method not in {b"GET", b"HEAD"}:
@@ -169,6 +181,19 @@ class AdminService:
     def _replicas(self) -> _Page:
         placer = self._service.placer
         return _Page(msgspec.json.encode([_describe(placer, r) for r in placer.fleet.replicas]))
+
+    def _explain(self, quoted_id: str) -> _Page:
+        receipts = self._service.receipts
+        request_id = unquote_to_bytes(quoted_id)
+        packed = receipts.get(request_id)
+        if packed is None:
+            raise ReceiptNotFoundError(len(receipts), MAX_RECEIPTS)
+        return _Page(msgspec.json.encode(explain(request_id, packed, self._date)))
+
+    def _date(self, moment: float) -> str:
+        """`moment` on the router's own clock, as a date of today's calendar."""
+        ago = timedelta(seconds=self._service.now() - moment)
+        return (datetime.now(UTC) - ago).isoformat(timespec="milliseconds")
 
 
 def _answer(

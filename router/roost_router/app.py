@@ -17,14 +17,14 @@ from random import Random
 
 from roost_router.admin import AdminService
 from roost_router.compiled import is_compiled
-from roost_router.config import RouterConfig
+from roost_router.config import ConfigError, RouterConfig
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.listening import BACKLOG, REPLACED, bind, inherited
 from roost_router.metrics import RouterMetrics
 from roost_router.placement import Placer
-from roost_router.policy.cost import CostPolicy
+from roost_router.policy.registry import PolicyError, make_policy
 from roost_router.poll import Poller
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,11 @@ _log = logging.getLogger(__name__)
 def build_placer(config: RouterConfig, rng: Random) -> Placer:
     """The router's brain, without any I/O."""
     index = PrefixIndex()
-    return Placer(index, Fleet(index, config.replicas), CostPolicy(), rng)
+    try:
+        policy = make_policy(config.policy)
+    except PolicyError as error:
+        raise ConfigError(str(error)) from None
+    return Placer(index, Fleet(index, config.replicas), policy, rng)
 
 
 class Router:

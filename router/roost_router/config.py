@@ -26,6 +26,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     poll_interval_s: float = 1.0  # shorter notices joins and deaths sooner, costs replicas a page
     poll_timeout_s: float = 5.0
     connect_timeout_s: float = 2.0
+    policy: str = "cost"  # who gets a request; policy/registry.py
     max_attempts: int = 3  # replicas tried for a request before the first byte
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
@@ -41,7 +42,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: float = 0.0  # what load balancers need to see that /ready is 503
     processes: int | None = None  # workers under a supervisor (supervisor.py); None: neither
     api_keys_file: Path | None = None  # hashes of the keys that open the data port; None: open
-    admin_keys_file: Path | None = None  # likewise /metrics and /replicas of the admin port
+    admin_keys_file: Path | None = None  # likewise the admin port, but /health and /ready
     replica_key_file: Path | None = None  # holds the key that replicas ask for
     insecure: bool = False  # other machines may come in without a key
     lifeline_fd: int | None = None  # stop when this descriptor reaches its end (parent died)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from roost_router.http.record import RequestRecord
     from roost_router.placement import Placer
 
-_BUCKETS_S: Final = (
+_BUCKETS_S: Final[tuple[float, ...]] = (
     0.005,
     0.01,
     0.025,

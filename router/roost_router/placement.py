@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from xxhash import xxh3_64_intdigest
+
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
 from roost_router.fleet.slow_start import MAX_WAIT_S, may_take_miss, thin
@@ -37,6 +39,7 @@ from roost_router.index.text_chain import (
     text_chain,
 )
 from roost_router.openai_request import RoutingFields
+from roost_router.policy.cost import CostPolicy
 from roost_router.policy.interface import Candidate, Decision, Policy
 
 if TYPE_CHECKING:
@@ -116,6 +119,7 @@ class Placer:
         self.index = index
         self.fleet = fleet
         self._policy = policy
+        self._prices_seconds = isinstance(policy, CostPolicy)  # others are left as they are
         self._rng = rng
         self._stamp = 0
         self._pending: dict[str, dict[int, None]] = {r.name: {} for r in fleet.replicas}
@@ -147,6 +151,7 @@ class Placer:
         depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
+        prompt_key = chain[0] if chain else xxh3_64_intdigest(fields.prompt)
         candidates = []
         for replica in replicas:
             matched_tokens, speed = 0, replica.speed
@@ -165,11 +170,17 @@ class Placer:
                     else fleet.prefill_tokens_per_s(replica),
                     decode_s=speed.decode_s,
                     recent_uncached_tokens=replica.recent_uncached_tokens(now),
+                    num_in_flight=replica.num_in_flight,
+                    kv_usage=replica.report.kv_usage or 0.0,
+                    kv_capacity_tokens=replica.kv_capacity_tokens or 0,
+                    prompt_key=prompt_key,
                 )
             )
         decision = self._policy.pick(candidates, self._rng)
-        if chain and len(replicas) > 1 and 2 * max(map(_matched, candidates)) < prompt_tokens:
-            decision = self._warm_slowly(replicas, candidates, decision)
+        if self._prices_seconds and chain and len(replicas) > 1:
+            most_matched = max([candidate.matched_tokens for candidate in candidates])
+            if 2 * most_matched < prompt_tokens:
+                decision = self._warm_slowly(replicas, candidates, decision)
         return self._record(
             replicas[decision.chosen], fields, decision, candidates, chain, depths, now
         )
@@ -309,7 +320,3 @@ class Placer:
         missing = placement.matched_stamps[num_whole_blocks(cached_bytes)]
         if missing < placement.oldest_pending:
             self.index.forget_older(placement.holder, missing)
-
-
-def _matched(candidate: Candidate) -> int:
-    return candidate.matched_tokens

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roost_router.fleet.speed import Speed
+from roost_router.fleet.fleet import Fleet
+from roost_router.fleet.speed import Prefill, Speed
+from roost_router.index.prefix_index import PrefixIndex
+from roost_wire.load_report import LoadReport
 
 
 @pytest.mark.parametrize("true_speed", [300.0, 5_000.0, 50_000.0])
@@ -64,3 +67,51 @@ def test_the_slope_is_always_positive_and_finite(observed):
         speed.observe_ttft(work, ttft_s)
 
     assert 0 < speed.prefill_tokens_per_s < 1e9
+
+
+def fleet_of(*kinds: tuple[str, int | None]) -> Fleet:
+    """Replicas by their dialect and KV capacity."""
+    fleet = Fleet(PrefixIndex(), [f"http://r{number}" for number in range(len(kinds))])
+    for replica, (dialect, capacity) in zip(fleet.replicas, kinds, strict=True):
+        fleet.answered(replica, ["m"], LoadReport(kv_capacity_tokens=capacity), dialect)
+    return fleet
+
+
+def test_replicas_that_are_alike_share_a_fit():
+    fleet = fleet_of(
+        ("vllm", 1000), ("vllm", 1000), ("vllm", 2000), ("sglang", 1000), ("vllm", None)
+    )
+    for _ in range(20):
+        fleet.replicas[0].speed.observe_ttft(2000, 0.1)
+
+    fitted = [replica.speed.num_observed for replica in fleet.replicas]
+    assert fitted == [20, 20, 0, 0, 0]
+    assert fleet.replicas[0].speed.prefill_tokens_per_s > 10_000
+    assert fleet.replicas[1].speed.most_tokens == 0  # what was seen there, stays its own
+
+
+def test_a_replica_that_changes_leaves_the_fit_of_its_like():
+    fleet = fleet_of(("vllm", 1000), ("vllm", 1000))
+    first, second = fleet.replicas
+    first.speed.observe_ttft(2000, 0.1)
+    fleet.answered(second, ["m"], LoadReport(kv_capacity_tokens=4000), "vllm")
+    second.speed.observe_ttft(2000, 5.0)
+
+    assert (first.speed.num_observed, second.speed.num_observed) == (1, 1)
+    assert first.speed.prefill.num_replicas == second.speed.prefill.num_replicas == 1
+
+
+@pytest.mark.parametrize("num_replicas", [1, 8])
+def test_a_fit_remembers_as_much_of_each_replica_however_many_share_it(num_replicas):
+    prefill = Prefill()
+    speeds = [Speed() for _ in range(num_replicas)]
+    for speed in speeds:
+        speed.share(prefill)
+    for tokens_per_s in (1_000.0, 4_000.0):
+        for _ in range(60):
+            for speed in speeds:
+                for work in (100, 2_000):
+                    speed.observe_ttft(work, work / tokens_per_s)
+
+    assert prefill.tokens_per_s == pytest.approx(4_000, rel=0.1)
+    assert prefill.num_replicas == num_replicas

@@ -22,6 +22,7 @@ from roost_router.errors import ModelNotFoundError, NoReplicaError
 from roost_router.fleet.health import Circuit, Health
 from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
 from roost_router.fleet.retry_budget import RetryBudget
+from roost_router.fleet.speed import Prefill
 from roost_router.index.prefix_index import PrefixIndex
 from roost_wire.load_report import LoadReport
 
@@ -47,6 +48,8 @@ class Fleet:
         self._budgets: dict[str, RetryBudget] = {}  # by model
         #: By model, the replicas that are up; used while none of them is ejected.
         self._calm: dict[str, list[Replica]] = {}
+        #: By what makes replicas alike; see `_share_fit`.
+        self._prefills: dict[tuple[tuple[str, ...], str, int], Prefill] = {}
         self._fitted: dict[str, float] = {}  # by model: bytes a token that capacities follow
         self.replicas = [
             Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
@@ -166,6 +169,7 @@ class Fleet:
         if report.kv_capacity_tokens is not None:
             replica.kv_capacity_tokens = report.kv_capacity_tokens
         self._resize(replica)
+        self._share_fit(replica)
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
@@ -200,6 +204,20 @@ class Fleet:
         for replica in self.replicas:
             if model in replica.models:
                 self._resize(replica)
+
+    def _share_fit(self, replica: Replica) -> None:
+        """Alike are replicas of one server and model with as much KV memory.
+
+        Mixed GPUs mostly differ in it. Where it is unknown, a replica is like no other.
+        """
+        if replica.kv_capacity_tokens is None:
+            return
+        kind = (replica.models, replica.dialect, replica.kv_capacity_tokens)
+        prefill = self._prefills.get(kind)
+        if prefill is None:
+            self._prefills = {k: p for k, p in self._prefills.items() if p.num_replicas}
+            prefill = self._prefills[kind] = Prefill()
+        replica.speed.share(prefill)
 
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)

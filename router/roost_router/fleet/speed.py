@@ -11,6 +11,13 @@ is little to see: an idle point (0 tokens, the usual overhead), so that one cold
 speed; and a pull of the slope towards a usual speed, so that many requests of one size, all
 warm for instance, tell nothing about it.
 
+Replicas that are alike (fleet.py says which) share one fit. Where a router does not see all that
+is queued (other routers place there, too), or running streams slow a prefill down, a replica's own
+twenty observations are mostly noise; and a replica that looks fast by chance is fed until it is
+slow. Simulated (`roost sim`, 8 replicas, load 0.95, 6,000 requests of three traces): mean TTFT with
+own fits 0.77, 0.26 and 1.07 s, with a common one 0.65, 0.17 and 0.95; with four routers 11.4, 22.4
+and 8.3 against 1.9, 0.6 and 2.0.
+
 Decode: `decode_s` is what one more running stream adds to a step, an average of inter-token
 latency / streams running.
 
@@ -18,7 +25,7 @@ Rejected: a constant in tokens for a running stream (150 in the prototype). It i
 machine only; seconds carry over to any.
 """
 
-_KEEP = 0.95
+_KEEP = 0.95  # for each replica that shares the fit: all of them are remembered as long
 _PRIOR_WEIGHT = 0.1  # of the idle point, in observations
 _PRIOR_OVERHEAD_S = 0.02
 _PRIOR_S_PER_TOKEN = 1.0 / 2000.0
@@ -29,33 +36,24 @@ _MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the sl
 _Sums = tuple[float, ...]
 
 
-class Speed:
-    """Fitted speeds of one replica."""
+class Prefill:
+    """The fit of one or of several replicas that are alike."""
 
     def __init__(self) -> None:
+        self.num_replicas = 0
         self.num_observed = 0
-        self.most_tokens = 0.0  # most work that a first token was observed to follow
-        self.decode_s = _PRIOR_DECODE_S
-        #: Between events of a stream, whatever else is running; None before the first observation.
-        self.usual_gap_s: float | None = None
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         #: Slope of the fit, inverted; always positive and finite.
-        self.prefill_tokens_per_s = self._slope_inverted()
+        self.tokens_per_s = self._slope_inverted()
 
-    def observe_ttft(self, work_tokens: float, ttft_s: float) -> None:
+    def observe(self, work_tokens: float, ttft_s: float) -> None:
         """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
-        decayed = tuple(_KEEP * part for part in self._data)
+        keep = _KEEP ** (1.0 / max(1, self.num_replicas))
+        decayed = tuple(keep * part for part in self._data)
         self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
         self.num_observed += 1
-        self.most_tokens = max(self.most_tokens, work_tokens)
-        self.prefill_tokens_per_s = self._slope_inverted()
-
-    def observe_itl(self, itl_s: float, num_streams: int) -> None:
-        """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
-        self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
-        before = itl_s if self.usual_gap_s is None else self.usual_gap_s
-        self.usual_gap_s = before + 0.2 * (itl_s - before)
+        self.tokens_per_s = self._slope_inverted()
 
     def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)
@@ -64,6 +62,46 @@ class Speed:
             spread + _PRIOR_SPREAD
         )
         return 1.0 / max(slope, _MIN_S_PER_TOKEN)
+
+
+class Speed:
+    """Fitted speeds of one replica."""
+
+    def __init__(self) -> None:
+        self.prefill = Prefill()
+        self.prefill.num_replicas = 1
+        self.most_tokens = 0.0  # most work that a first token was observed to follow
+        self.decode_s = _PRIOR_DECODE_S
+        #: Between events of a stream, whatever else is running; None before the first observation.
+        self.usual_gap_s: float | None = None
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """As fitted; always positive and finite."""
+        return self.prefill.tokens_per_s
+
+    @property
+    def num_observed(self) -> int:
+        """First tokens seen, here and on replicas that are alike."""
+        return self.prefill.num_observed
+
+    def share(self, prefill: Prefill) -> None:
+        """Use the fit of replicas that are alike; what was observed alone is left behind."""
+        if prefill is not self.prefill:
+            self.prefill.num_replicas -= 1
+            prefill.num_replicas += 1
+            self.prefill = prefill
+
+    def observe_ttft(self, work_tokens: float, ttft_s: float) -> None:
+        """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
+        self.most_tokens = max(self.most_tokens, work_tokens)
+        self.prefill.observe(work_tokens, ttft_s)
+
+    def observe_itl(self, itl_s: float, num_streams: int) -> None:
+        """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""
+        self.decode_s += 0.2 * (itl_s / num_streams - self.decode_s)
+        before = itl_s if self.usual_gap_s is None else self.usual_gap_s
+        self.usual_gap_s = before + 0.2 * (itl_s - before)
 
 
 def _sums(weight: float, x: float, y: float) -> _Sums:

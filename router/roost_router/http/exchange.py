@@ -40,7 +40,7 @@ from roost_router.http.head import (
     client_head,
     replica_head,
 )
-from roost_router.http.record import Outcome, RequestRecord
+from roost_router.http.record import LostLeg, Outcome, RequestRecord
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 
@@ -61,6 +61,8 @@ _BACKOFF_S: Final = (0.01, 0.05)
 _MAX_JOINED_BYTES: Final = 16 << 10
 #: Seconds that a whole answer may still take on a replica that answers no poll any more.
 _GONE_S: Final = 10.0
+#: Of a stream that breaks off for good.
+_CUT_CODE: Final = "upstream_lost"
 
 
 def _guarded(
@@ -90,6 +92,7 @@ class Exchange:
     _dialling: asyncio.Task[None] | None = None
     _waiting: asyncio.TimerHandle | None = None
     _tried: frozenset[str] = frozenset()
+    _lost_legs: tuple[LostLeg, ...] = ()
     _head: ResponseHead | None = None  # of the present leg's answer
     _has_begun = False  # the head went to the client
     _is_chunked = False  # and so does what follows it
@@ -380,23 +383,32 @@ class Exchange:
         self._act(self._answer.lost(reason, self._service.now()), label)
 
     def _act(self, verdict: Verdict, label: str) -> None:
-        """Do what answer/phases.py says; `label` of a loss goes to the metrics."""
+        """Do what answer/phases.py says; `label` of a loss goes to metrics and receipt."""
         if verdict is Verdict.COMPLETE:
             self._complete(self._answer.closing())
         elif verdict is Verdict.WHOLE:
             self._send_held()
         elif verdict is Verdict.AGAIN:
+            self._note_lost(label, "retried")
             self._leave_replica()
             self._service.metrics.retried(label)
             self._again()
         elif verdict is Verdict.RESUME:
+            self._note_lost(label, "resumed")
             self._leave_replica()
             self._service.metrics.resumed(label)
             self._continue()
         elif verdict is Verdict.FAIL:
+            self._note_lost(label, "failed")
             self._fail(self._error())
         else:
+            self._note_lost(label, "cut")
             self._cut(self._answer.reason)
+
+    def _note_lost(self, label: str, then: str) -> None:
+        assert self._placement is not None
+        why = f"{label} {self._answer.status}" if label == "status" else label
+        self._lost_legs += (LostLeg(self._placement, why, then),)
 
     def _leave_replica(self) -> None:
         """Release what the present leg holds."""
@@ -435,6 +447,7 @@ class Exchange:
                 body = self._answer.next_body(self._placement.replica.dialect)
             except CannotResumeError as error:
                 reason = f"{self._answer.reason}; {error}"
+                self._note_lost("cannot_resume", "not sent")
                 self._service.placer.finish(self._placement, self._service.now())
                 continue
             if body is None:
@@ -543,7 +556,7 @@ class Exchange:
     def _fail(self, error: RouterError) -> None:
         """Answer `error`; nothing was sent to the client before."""
         self._service.send_error(self._client, self._request, error, self._request_id)
-        self._end(_outcome(error.status), error.status)
+        self._end(_outcome(error.status), error.status, error.code)
         self._client.finish(keep_alive=self._service.keeps_alive(self._request))
 
     def _error(self) -> RouterError:
@@ -561,12 +574,12 @@ class Exchange:
         """Tell a client that has part of the answer that the rest will not come."""
         if self._answer.phase is Phase.STREAMING:
             message = f"the stream was cut: {reason}"
-            event = error_body(message, "server_error", None, "upstream_lost")
+            event = error_body(message, "server_error", None, _CUT_CODE)
             self._write(b"data: " + event + b"\n\n")
-        self._end("cut", self._answer.status)
+        self._end("cut", self._answer.status, _CUT_CODE)
         self._client.abort()
 
-    def _end(self, outcome: Outcome, status: int) -> None:
+    def _end(self, outcome: Outcome, status: int, error_code: str | None = None) -> None:
         """Release everything and report; every way out comes through here, once."""
         assert not self._is_over
         self._is_over = True
@@ -579,12 +592,16 @@ class Exchange:
             self._upstream.abandon()
             self._upstream = None
         record = RequestRecord(
+            self._request_id,
             self._fields.model,
             self._answer,
             placement=placement,
             first=self._first_placement,
+            lost_legs=self._lost_legs,
             outcome=outcome,
             status=status,
+            error_code=error_code,
+            started_at=self._started_at,
             duration_s=now - self._started_at,
             ttft_s=self._ttft_s,
         )

@@ -52,6 +52,7 @@ from roost_router.openai_request import (
     read_routing_fields,
 )
 from roost_router.placement import Placer
+from roost_router.receipts import Receipts
 
 _MODELS_PATH = "/v1/models"
 _EXCHANGES = frozenset({CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH})
@@ -89,6 +90,7 @@ class DataService:
         self.rng = rng
         self.placer = placer
         self.metrics = metrics
+        self.receipts = Receipts()
         self.now = now
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False
@@ -258,6 +260,7 @@ class DataService:
         self._exchanges.pop(exchange, None)
         is_known = record.replica is not None or self.placer.fleet.knows(record.model)
         self.metrics.observe(record, known_model=is_known)
+        self.receipts.add(record)
         if record.status >= 500 or record.outcome == "cut":
             self._num_failed += 1
             if self._num_failed > _MAX_FAILURES_LOGGED:

@@ -20,8 +20,8 @@ work lately is taken (its cache has the most room for this prompt), then one at 
 
 Sources: without the price, the shape of the prototype that beat vllm-router kv_aware, Dynamo kv
 and sglang cache_aware on three traces; the price is mu of the late-binding design on an idle
-fleet, where dropping it cost 19 % of mean TTFT in simulation. Not here yet: late binding, memory
-wait, and the price that rises with the fleet's load.
+fleet, where dropping it cost 19 % of mean TTFT in simulation. Not here: late binding, memory wait,
+and the price that rises with the fleet's load (late_binding.py, priced.py).
 """
 
 from __future__ import annotations
@@ -50,13 +50,17 @@ class CostPolicy:
 
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
         """See the module; O(candidates)."""
-        costs = list(map(cost_s, candidates))
-        limit = min(costs) + TIE_S
-        tied = [i for i, cost in enumerate(costs) if cost <= limit]
-        if len(tied) == 1:
-            return Decision(tied[0], costs)
-        recent = [candidates[i].recent_uncached_tokens for i in tied]
-        least = min(recent)
-        best = [i for i, tokens in zip(tied, recent, strict=True) if tokens <= least]
-        chosen = best[0] if len(best) == 1 else rng.choice(best)
-        return Decision(chosen, costs)
+        costs = [cost_s(candidate) for candidate in candidates]
+        return Decision(pick_least(candidates, costs, rng), costs)
+
+
+def pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Random) -> int:
+    """Index of the least cost; among ties the least work lately, then one at random."""
+    limit = min(costs_s) + TIE_S
+    tied = [i for i, cost in enumerate(costs_s) if cost <= limit]
+    if len(tied) == 1:
+        return tied[0]
+    recent = [candidates[i].recent_uncached_tokens for i in tied]
+    least = min(recent)
+    best = [i for i in tied if candidates[i].recent_uncached_tokens <= least]
+    return best[0] if len(best) == 1 else rng.choice(best)

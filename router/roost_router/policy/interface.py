@@ -1,8 +1,8 @@
 """What a policy is given and what it answers: filter -> score -> pick. Pure.
 
 Filtering (up, serves the model, not tried yet) is done before: a policy sees only candidates
-that could answer. It scores each in seconds and picks one. A policy is one small class in a
-file of its own; cost.py is the smallest example.
+that could answer. It scores each, ours in seconds, and picks one. A policy is one small class in a
+file of its own; least_outstanding.py is the smallest example, registry.py knows all by name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Candidate:
         prefill_tokens_per_s: float,
         decode_s: float,
         recent_uncached_tokens: float,
+        num_in_flight: int = 0,
+        kv_usage: float = 0.0,
+        kv_capacity_tokens: int = 0,
+        prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
         self.matched_tokens: Final = matched_tokens  # of this prompt, believed in its KV cache
@@ -39,6 +43,12 @@ class Candidate:
         self.decode_s: Final = decode_s  # seconds that one running stream adds to a step
         #: Prefill work placed there lately, fading.
         self.recent_uncached_tokens: Final = recent_uncached_tokens
+        #: Requests placed there and not finished; those not decoding show no token yet.
+        self.num_in_flight: Final = num_in_flight
+        self.kv_usage: Final = kv_usage  # share of its KV blocks in use, as of its last report
+        self.kv_capacity_tokens: Final = kv_capacity_tokens  # 0 where it does not tell
+        #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
+        self.prompt_key: Final = prompt_key
 
 
 class Decision:
@@ -46,7 +56,8 @@ class Decision:
 
     def __init__(self, chosen: int, costs_s: list[float]) -> None:
         self.chosen: Final = chosen  # index into the candidates
-        #: One for each candidate, in seconds; what they hold is the policy's.
+        #: One for each candidate, the least is the best: seconds where a policy prices time, else
+        #: its own unit. Infinite where it rules a candidate out.
         self.costs_s: Final = costs_s
 
 

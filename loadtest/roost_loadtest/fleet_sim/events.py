@@ -1,0 +1,156 @@
+"""The event loop of a simulated fleet: arrivals, replicas, and what routers hear of them.
+
+A heap of moments. Four kinds of events: a request arrives, a replica ends a stretch of steps, a
+router hears of an answer (at once, or `hears_after_s` later; it is told when it happened, and what
+it placed itself it knows at once), and routers poll the replicas. Events of one moment happen in
+the order in which they were planned, so that a run is a function of its arguments.
+
+Invariants, checked at the end: every request ended, and no replica has one left.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from roost_loadtest.fleet_sim.replica import Happened, Job, SimReplica
+
+if TYPE_CHECKING:
+    from roost_loadtest.fleet_sim.routers import Router
+    from roost_loadtest.fleet_sim.trace import Request, Trace
+
+#: Requests between two calls of `on_progress`.
+PROGRESS_EVERY = 1000
+
+
+class FleetRun:
+    """One trace on one fleet under one router."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        replicas: Sequence[SimReplica],
+        router: Router,
+        *,
+        time_scale: float = 1.0,
+        hears_after_s: float = 0.0,
+        poll_interval_s: float = 1.0,
+        shares_cache: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """`time_scale` multiplies arrival times; `shares_cache`: memory that one replica frees
+        may let another go on.
+        """
+        self.jobs: list[Job] = []  # in order of arrival
+        self._trace = trace
+        self._replicas = replicas
+        self._router = router
+        self._hears_after_s = hears_after_s
+        self._poll_interval_s = poll_interval_s
+        self._shares_cache = shares_cache
+        self._on_progress = on_progress
+        self._num_ended = 0
+        self._heap: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = 0
+        self._planned: list[float | None] = [None] * len(replicas)
+        self._turns: dict[int | str, deque[Request]] = {}  # of sessions, those to come
+        self._opening = [
+            (request.arrives_s * time_scale, request) for request in self._first_turns(trace)
+        ]
+
+    def run(self) -> list[Job]:
+        """Play the trace to its end. O(events · log(events under way)), which are few a request."""
+        heap, opening = self._heap, self._opening
+        place = 0
+        self._at(self._poll_interval_s, self._poll)
+        while heap or place < len(opening):
+            if place < len(opening) and (not heap or opening[place][0] < heap[0][0]):
+                now, request = opening[place]
+                place += 1
+                self._arrive(request, now)
+            else:
+                now, _, event = heappop(heap)
+                event(now)
+        assert self._num_ended == len(self.jobs) == len(self._trace.requests)
+        assert not any(replica.num_requests for replica in self._replicas)
+        return self.jobs
+
+    def _first_turns(self, trace: Trace) -> list[Request]:
+        first = []
+        for request in trace.requests:
+            if request.session is None:
+                first.append(request)
+            elif request.session in self._turns:
+                self._turns[request.session].append(request)
+            else:
+                self._turns[request.session] = deque()
+                first.append(request)
+        return first
+
+    def _at(self, moment: float, event: Callable[[float], None]) -> None:
+        self._order += 1
+        heappush(self._heap, (moment, self._order, event))
+
+    def _arrive(self, request: Request, now: float) -> None:
+        job = Job(len(self.jobs), request, self._trace.num_private(request), now)
+        self.jobs.append(job)
+        job.replica = self._router.place(job, now)
+        self._replicas[job.replica].submit(job, now)
+        self._plan(job.replica)
+
+    def _plan(self, number: int) -> None:
+        """Note when the replica is due, if that has changed."""
+        due = self._replicas[number].ends_s
+        if due is not None and due != self._planned[number]:
+            self._planned[number] = due
+            self._at(due, lambda now: self._step(number, now))
+
+    def _step(self, number: int, now: float) -> None:
+        replica = self._replicas[number]
+        if replica.ends_s != now:  # cut short since
+            return
+        self._planned[number] = None
+        has_freed = False
+        for what, job in replica.step(now):
+            if what is Happened.END:
+                has_freed = True
+                self._ended(job, now)
+            self._tell(what, job, now)
+        self._plan(number)
+        if has_freed and self._shares_cache:
+            self._look_all(now)
+
+    def _look_all(self, now: float) -> None:
+        for number, replica in enumerate(self._replicas):
+            if replica.waiting:
+                replica.look(now)
+                self._plan(number)
+
+    def _ended(self, job: Job, now: float) -> None:
+        self._num_ended += 1
+        session = job.request.session
+        turns = self._turns.get(session) if session is not None else None
+        if turns:
+            request = turns.popleft()
+            self._at(now + request.think_s, lambda then: self._arrive(request, then))
+        if self._on_progress is not None and self._num_ended % PROGRESS_EVERY == 0:
+            self._on_progress(self._num_ended)
+
+    def _tell(self, what: Happened, job: Job, at: float) -> None:
+        hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
+        if self._hears_after_s:
+            self._at(at + self._hears_after_s, lambda _: hear(job, at))
+        else:
+            hear(job, at)
+
+    def _poll(self, now: float) -> None:
+        if self._num_ended == len(self._trace.requests):
+            return
+        reports = [replica.report() for replica in self._replicas]
+        if self._hears_after_s:
+            self._at(now + self._hears_after_s, lambda _: self._router.polled(reports))
+        else:
+            self._router.polled(reports)
+        self._at(now + self._poll_interval_s, self._poll)

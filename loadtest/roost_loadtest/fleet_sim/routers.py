@@ -1,0 +1,162 @@
+"""Who decides in a simulated fleet: the real router, one or several, or the bound.
+
+The real one is `roost_router.placement.Placer` with its index, fleet, fitted speeds and policy,
+driven as the data path drives it: `place` when a request arrives, `learn` and `first_byte` with
+its first token (as with our engine, whose head tells the cached tokens), `finish` at its end. Load
+reports come as its poller brings them.
+
+A trace has block ids instead of text. The placer gets canonical prompt bytes made of them: each
+token is four bytes, each block its id over and over. So the text chain is computed and cut as in
+the router, with the same loss where its blocks are longer than the trace's.
+
+Several routers share nothing: each has its own placements and what their answers tell. Which
+router a request comes to is drawn at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from struct import pack
+from typing import TYPE_CHECKING, Protocol
+
+from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
+from roost_router.index.prefix_index import PrefixIndex
+from roost_router.openai_request import RoutingFields
+from roost_router.placement import Placement, Placer
+
+if TYPE_CHECKING:
+    from roost_loadtest.fleet_sim.replica import Job, SimReplica
+    from roost_loadtest.fleet_sim.trace import Request
+    from roost_router.policy.interface import Policy
+    from roost_wire.load_report import LoadReport
+
+_MODEL = "m"
+_TOKEN_BYTES = int(PRIOR_BYTES_PER_TOKEN)
+_ID_BYTES = 8
+_ID_MASK = (1 << 64) - 1  # ids of any size and sign
+
+
+class Router(Protocol):
+    """Decides where each request goes, and hears what becomes of it."""
+
+    def place(self, job: Job, now: float) -> int:
+        """The replica that gets `job`."""
+        ...
+
+    def first_token(self, job: Job, now: float) -> None:
+        """The answer to `job` began at `now`."""
+        ...
+
+    def ended(self, job: Job, now: float) -> None:
+        """The answer to `job` ended at `now`."""
+        ...
+
+    def polled(self, reports: Sequence[LoadReport]) -> None:
+        """What all replicas reported of themselves, in order."""
+        ...
+
+
+class RealRouters:
+    """One or several real routers before the same replicas."""
+
+    def __init__(
+        self,
+        make_policy: Callable[[], Policy],
+        *,
+        num_routers: int,
+        reports: Sequence[LoadReport],
+        block_tokens: int,
+        seed: int,
+    ) -> None:
+        self.placers = [
+            _placer(make_policy(), len(reports), Random(f"{seed}/{number}"))
+            for number in range(num_routers)
+        ]
+        self.polled(reports)
+        self._block_tokens = block_tokens
+        self._door = Random(f"{seed}/door")
+        self._placed: dict[int, tuple[Placer, Placement]] = {}
+        self._number_of = {r.name: i for i, r in enumerate(self.placers[0].fleet.replicas)}
+
+    def place(self, job: Job, now: float) -> int:
+        """One of the routers decides. O(prompt bytes + replicas)."""
+        placer = self._door.choice(self.placers) if len(self.placers) > 1 else self.placers[0]
+        prompt = canonical_prompt(job.request, self._block_tokens, job.number)
+        placement = placer.place(RoutingFields(_MODEL, stream=True, prompt=prompt), now)
+        self._placed[job.number] = placer, placement
+        return self._number_of[placement.replica.name]
+
+    def first_token(self, job: Job, now: float) -> None:
+        """As the head and the first bytes of a stream."""
+        placer, placement = self._placed[job.number]
+        placer.learn(placement, job.request.prompt_tokens, job.cached_tokens)
+        placer.first_byte(placement, now, streamed=True)
+
+    def ended(self, job: Job, now: float) -> None:
+        """As the end of a stream, an event a token."""
+        placer, placement = self._placed.pop(job.number)
+        placer.finish(placement, now, job.request.output_tokens)
+
+    def polled(self, reports: Sequence[LoadReport]) -> None:
+        """As the poller, in all routers at once."""
+        for placer in self.placers:
+            for replica, report in zip(placer.fleet.replicas, reports, strict=True):
+                placer.fleet.answered(replica, [_MODEL], report)
+
+
+class LeastWaitRouter:
+    """The bound's: sees the replicas themselves, at once, and takes the least wait.
+
+    wait = prefill seconds queued · (1 + seconds of a decode step / seconds of a chunk)
+
+    Meant for replicas that share one cache, so that every replica has every prefix.
+    """
+
+    def __init__(self, replicas: Sequence[SimReplica], chunk_s: float, seed: int) -> None:
+        self._replicas = replicas
+        self._chunk_s = chunk_s
+        self._rng = Random(f"{seed}/bound")
+
+    def place(self, job: Job, now: float) -> int:  # noqa: ARG002
+        """The replica where the queue is shortest, ties by streams, then at random."""
+        return min(
+            range(len(self._replicas)),
+            key=lambda i: (*self._wait(self._replicas[i]), self._rng.random()),
+        )
+
+    def first_token(self, job: Job, now: float) -> None:
+        """Nothing to learn."""
+
+    def ended(self, job: Job, now: float) -> None:
+        """Nothing to learn."""
+
+    def polled(self, reports: Sequence[LoadReport]) -> None:
+        """Nothing to learn."""
+
+    def _wait(self, replica: SimReplica) -> tuple[float, int]:
+        slower = 1.0 + replica.step_decode_s() / self._chunk_s
+        return replica.queued_s() * slower, replica.num_requests
+
+
+def canonical_prompt(request: Request, block_tokens: int, number: int) -> bytes:
+    """Bytes that agree with those of another request exactly as far as the block ids do.
+
+    `number`: of the request; fills the end of a prompt that has no ids. O(bytes).
+    """
+    block_bytes, num_bytes = block_tokens * _TOKEN_BYTES, request.prompt_tokens * _TOKEN_BYTES
+    times, rest = divmod(block_bytes, _ID_BYTES)
+    if rest:  # an odd number of tokens a block
+        blocks = [(pack("<Q", i & _ID_MASK) * (times + 1))[:block_bytes] for i in request.block_ids]
+    else:
+        blocks = [pack("<Q", i & _ID_MASK) * times for i in request.block_ids]
+    missing = num_bytes - len(blocks) * block_bytes
+    if missing > 0:
+        blocks.append(pack("<Q", ~number & _ID_MASK) * (missing // _ID_BYTES + 1))
+    return b"".join(blocks)[:num_bytes]
+
+
+def _placer(policy: Policy, num_replicas: int, rng: Random) -> Placer:
+    index = PrefixIndex()
+    fleet = Fleet(index, [f"http://replica-{number}" for number in range(num_replicas)])
+    return Placer(index, fleet, policy, rng)

@@ -1,0 +1,104 @@
+"""Simulate policies on traces at loads, one after the other: what `roost sim` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from roost_loadtest.fleet_sim.cache import BlockCache
+from roost_loadtest.fleet_sim.events import FleetRun
+from roost_loadtest.fleet_sim.load import time_scale, work_s
+from roost_loadtest.fleet_sim.model import StepTimes
+from roost_loadtest.fleet_sim.replica import SimReplica
+from roost_loadtest.fleet_sim.routers import LeastWaitRouter, RealRouters, Router
+from roost_loadtest.fleet_sim.summary import Row, Slo, summarise
+
+if TYPE_CHECKING:
+    from roost_loadtest.fleet_sim.trace import Trace
+    from roost_router.policy.interface import Policy
+
+#: The row of the bound: least wait, one cache of the fleet's whole size shared by all.
+BOUND = "shared-cache bound"
+
+
+class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A fleet and how its routers see it."""
+
+    num_replicas: int = 8
+    kv_tokens: int = 500_000  # of each replica
+    times: StepTimes = StepTimes()
+    num_routers: int = 1
+    hears_after_s: float = 0.0  # what replicas tell reaches routers so much later
+    poll_interval_s: float = 1.0  # between two load reports
+    seed: int = 0
+    slo: Slo = Slo()
+
+
+def sweep(
+    trace: Trace,
+    config: FleetConfig,
+    *,
+    loads: tuple[float, ...],
+    policies: dict[str, Callable[[], Policy]],
+    bound: bool = True,
+    on_progress: Callable[[str, float, int], None] | None = None,
+) -> Iterator[Row]:
+    """A row for each load and policy, then the bound's, as each is done.
+
+    `on_progress` gets policy, load and requests done. Raises TooLargeError for a request that no
+    replica could hold.
+    """
+    work = work_s(trace, config.times, config.kv_tokens)
+    makers: dict[str, Callable[[], Policy] | None] = dict(policies)
+    if bound:
+        makers[BOUND] = None
+    for load in loads:
+        scale = time_scale(trace, work, config.num_replicas, load)
+        for name, make_policy in makers.items():
+            progress = None
+            if on_progress is not None:
+                progress = _bind(on_progress, name, load)
+            replicas, router = _fleet(trace, config, make_policy)
+            jobs = FleetRun(
+                trace,
+                replicas,
+                router,
+                time_scale=scale,
+                hears_after_s=config.hears_after_s,
+                poll_interval_s=config.poll_interval_s,
+                shares_cache=make_policy is None,
+                on_progress=progress,
+            ).run()
+            yield summarise(
+                jobs, replicas, trace=trace.name, load=load, policy=name, slo=config.slo
+            )
+
+
+def _bind(
+    on_progress: Callable[[str, float, int], None], name: str, load: float
+) -> Callable[[int], None]:
+    return lambda num_done: on_progress(name, load, num_done)
+
+
+def _fleet(
+    trace: Trace, config: FleetConfig, make_policy: Callable[[], Policy] | None
+) -> tuple[list[SimReplica], Router]:
+    num_blocks = config.kv_tokens // trace.block_tokens
+    if make_policy is None:
+        shared = BlockCache(num_blocks * config.num_replicas)
+        caches = [shared] * config.num_replicas
+    else:
+        caches = [BlockCache(num_blocks) for _ in range(config.num_replicas)]
+    replicas = [SimReplica(config.times, cache, trace.block_tokens) for cache in caches]
+    if make_policy is None:
+        chunk_s = config.times.prefill_s(config.times.chunk_tokens, 0)
+        return replicas, LeastWaitRouter(replicas, chunk_s, config.seed)
+    return replicas, RealRouters(
+        make_policy,
+        num_routers=config.num_routers,
+        reports=[replica.report() for replica in replicas],
+        block_tokens=trace.block_tokens,
+        seed=config.seed,
+    )
