@@ -6,7 +6,7 @@ import asyncio
 
 from roost_router.http.upstream import UpstreamPool
 
-_LOOP = asyncio.new_event_loop()  # a pool dials on it, which nobody does here
+_LOOP = asyncio.AbstractEventLoop()  # dials nothing, and holds no descriptors open
 
 
 def local_pool() -> UpstreamPool:
