@@ -44,7 +44,8 @@ $(COMPILED)/.done: $(shell find router -name '*.py') .venv/.dev deploy/compile_r
 	@rm -rf build/wheel $(COMPILED)
 	@echo "compiling the router's data path, as an install does"
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/wheel/*.whl && touch $@
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/wheel/*.whl
+	@cd $(COMPILED) && rm -r roost_engine roost_kernels roost_loadtest && touch .done  # the tree's own serve
 
 compiled: $(COMPILED)/.done ## Make build/compiled: the router as an install has it
 

@@ -33,9 +33,10 @@ from roost_router.errors import (
     MethodNotAllowedError,
     OverloadError,
     PathNotFoundError,
+    ReceiptNotFoundError,
     RouterError,
 )
-from roost_router.explanation import ReceiptNotFoundError, explain
+from roost_router.explanation import explain
 from roost_router.fleet.replica import Replica
 from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header

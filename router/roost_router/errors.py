@@ -109,6 +109,20 @@ class MethodNotAllowedError(ClientError):
         self.allowed = allowed
 
 
+class ReceiptNotFoundError(ClientError):
+    """No receipt of that id is held."""
+
+    status = 404
+    code = "receipt_not_found"
+
+    def __init__(self, num_held: int, max_receipts: int) -> None:
+        super().__init__(
+            f"no receipt of that request id among the last {num_held} here: a request has one from "
+            f"its end until up to {max_receipts} others have ended, on the worker that served it; "
+            "one refused at the door has none"
+        )
+
+
 class ClientTimeoutError(ClientError):
     """The client took too long to send a request that it had begun."""
 

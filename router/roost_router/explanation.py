@@ -10,22 +10,6 @@ from collections.abc import Callable
 
 import msgspec
 
-from roost_router.errors import ClientError
-
-
-class ReceiptNotFoundError(ClientError):
-    """No receipt of that id is held."""
-
-    status = 404
-    code = "receipt_not_found"
-
-    def __init__(self, num_held: int, max_receipts: int) -> None:
-        super().__init__(
-            f"no receipt of that request id among the last {num_held} here: a request has one from "
-            f"its end until up to {max_receipts} others have ended, on the worker that served it; "
-            "one refused at the door has none"
-        )
-
 
 class CandidateRow(msgspec.Struct):
     """One replica that could have taken the request, as the policy saw it."""
