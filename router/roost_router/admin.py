@@ -54,6 +54,8 @@ _MAX_BODY_BYTES = 64 * 1024
 _CHECK_S = 1.0
 #: Seconds for the last answers to be sent.
 _FLUSH_S = 0.5
+#: Clocks that part by more were not read late: the calendar was set.
+_CALENDAR_SET = timedelta(seconds=1)
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 _EXPLAIN = "/explain/"
 _log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class AdminService:
         self._all_closed = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._check: asyncio.TimerHandle | None = None
+        self._epoch = self._clock_epoch()
         self._pages = {
             "/health": self._health,
             "/ready": self._ready,
@@ -192,9 +195,19 @@ class AdminService:
         return _Page(msgspec.json.encode(explain(request_id, packed, self._date)))
 
     def _date(self, moment: float) -> str:
-        """`moment` on the router's own clock, as a date of today's calendar."""
-        ago = timedelta(seconds=self._service.now() - moment)
-        return (datetime.now(UTC) - ago).isoformat(timespec="milliseconds")
+        """`moment` on the router's own clock, as a date.
+
+        The same each time it is asked for, unless the machine's calendar was set in between: two
+        clocks read one after the other are never apart by quite the same.
+        """
+        epoch = self._clock_epoch()
+        if abs(epoch - self._epoch) > _CALENDAR_SET:
+            self._epoch = epoch
+        return (self._epoch + timedelta(seconds=moment)).isoformat(timespec="milliseconds")
+
+    def _clock_epoch(self) -> datetime:
+        """When the router's own clock stood at 0."""
+        return datetime.now(UTC) - timedelta(seconds=self._service.now())
 
 
 def _answer(

@@ -84,6 +84,13 @@ async def test_a_request_is_explained(start_router, replicas):
     assert behind_s > 0
 
 
+async def test_a_receipt_shows_the_same_date_each_time(start_router, replicas):
+    router = await start_router(replicas[0])
+    _, request_id = await complete(router)
+
+    assert len({(await explain(router, request_id))["at"] for _ in range(20)}) == 1
+
+
 async def test_what_was_not_streamed_has_no_time_to_first_token(start_router, replicas):
     router = await start_router(*replicas)
     _, request_id = await complete(router)
