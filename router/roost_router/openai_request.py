@@ -20,9 +20,10 @@ from struct import pack
 from typing import Any, Final
 
 import msgspec
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from roost_router.errors import BadRequestError
+from roost_router.index.text_chain import text_chain
 from roost_router.openai_body import Chat, decode_chat, decode_completion, decode_embedding
 
 CHAT_PATH = "/v1/chat/completions"
@@ -35,12 +36,15 @@ _RECORD = b"\x1e"  # a message: neither occurs in text that a template would ren
 
 
 class RoutingFields:
-    """What placement is decided on."""
+    """What placement is decided on, each time that a request is looked at."""
 
     def __init__(self, model: str, *, stream: bool, prompt: bytes) -> None:
         self.model: Final = model
         self.stream: Final = stream
         self.prompt: Final = prompt  # canonical prompt
+        self.chain: Final = text_chain(prompt)  # of its blocks
+        #: Of its first block, or of all of a shorter one: 64 bits.
+        self.prompt_key: Final = self.chain[0] if self.chain else xxh3_64_intdigest(prompt)
 
 
 def read_routing_fields(path: str, body: bytes) -> RoutingFields:

@@ -26,8 +26,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from xxhash import xxh3_64_intdigest
-
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
 from roost_router.fleet.slow_start import MAX_WAIT_S, may_take_miss, thin
@@ -36,7 +34,6 @@ from roost_router.index.text_chain import (
     TEXT_BLOCK_BYTES,
     chain_bytes,
     num_whole_blocks,
-    text_chain,
 )
 from roost_router.openai_request import RoutingFields
 from roost_router.policy.cost import CostPolicy
@@ -60,6 +57,22 @@ _NO_DEPTHS: dict[int, int] = {}
 _MIN_EVENTS_FOR_ITL = 8
 
 
+class Options:
+    """The replicas that could take a request, at one moment."""
+
+    def __init__(
+        self,
+        fields: RoutingFields,
+        replicas: list[Replica],
+        candidates: list[Candidate],
+        depths: dict[int, int],
+    ) -> None:
+        self.fields: Final = fields
+        self.replicas: Final = replicas
+        self.candidates: Final = candidates  # of the replicas, in order
+        self.depths: Final = depths  # matched blocks by holder, where there are any
+
+
 class Placement:
     """One request on one replica, from decision to end."""
 
@@ -69,7 +82,6 @@ class Placement:
         fields: RoutingFields,
         decision: Decision,
         candidates: list[Candidate],
-        chain: list[int],
         matched_blocks: int,
         matched_stamps: list[int],
         stamp: int,
@@ -91,7 +103,7 @@ class Placement:
         #: Predicted; believed where the answer shows nothing before its end.
         self.prefilled_at: Final = now + self.work_tokens / chosen.prefill_tokens_per_s
         self.holder: Final = replica.holder  # epoch of the replica at decision time
-        self.chain: Final = chain
+        self.chain: Final = fields.chain
         self.matched_blocks: Final = matched_blocks
         self.matched_stamps: Final = matched_stamps  # of the blocks before this placement
         #: Oldest placement of this replica still without a first byte.
@@ -137,11 +149,25 @@ class Placer:
 
         `dialects`: only servers of these kinds (`Replica.dialect`).
 
-        Raises ModelNotFoundError or NoReplicaError. O(prompt bytes + candidates).
+        Raises ModelNotFoundError or NoReplicaError. O(blocks of the prompt + candidates).
+        """
+        options = self.weigh(fields, now, tried, dialects)
+        return self.bind(options, self.decide(options), now)
+
+    def weigh(
+        self,
+        fields: RoutingFields,
+        now: float,
+        tried: frozenset[str] = frozenset(),
+        dialects: frozenset[str] | None = None,
+    ) -> Options:
+        """The replicas that could take a request, as `place` sees them; nothing is recorded.
+
+        Raises ModelNotFoundError or NoReplicaError. O(log(blocks) + candidates).
         """
         fleet, silent = self.fleet, self._silent
         replicas = fleet.candidates(fields.model, tried, now, dialects)
-        chain = text_chain(fields.prompt)
+        chain = fields.chain
         holders = 0
         for replica in replicas:
             holders |= 1 << replica.holder
@@ -151,7 +177,6 @@ class Placer:
         depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
-        prompt_key = chain[0] if chain else xxh3_64_intdigest(fields.prompt)
         candidates = []
         for replica in replicas:
             matched_tokens, speed = 0, replica.speed
@@ -173,17 +198,50 @@ class Placer:
                     num_in_flight=replica.num_in_flight,
                     kv_usage=replica.report.kv_usage or 0.0,
                     kv_capacity_tokens=replica.kv_capacity_tokens or 0,
-                    prompt_key=prompt_key,
+                    prompt_key=fields.prompt_key,
                 )
             )
+        return Options(fields, replicas, candidates, depths)
+
+    def decide(self, options: Options) -> Decision:
+        """The policy's pick."""
+        candidates = options.candidates
         decision = self._policy.pick(candidates, self._rng)
-        if self._prices_seconds and chain and len(replicas) > 1:
+        if self._prices_seconds and options.fields.chain and len(candidates) > 1:
             most_matched = max([candidate.matched_tokens for candidate in candidates])
-            if 2 * most_matched < prompt_tokens:
-                decision = self._warm_slowly(replicas, candidates, decision)
-        return self._record(
-            replicas[decision.chosen], fields, decision, candidates, chain, depths, now
+            if 2 * most_matched < candidates[0].prompt_tokens:
+                decision = self._warm_slowly(options.replicas, candidates, decision)
+        return decision
+
+    def bind(self, options: Options, decision: Decision, now: float) -> Placement:
+        """Record that the request goes where `decision` says: residency and load.
+
+        O(blocks of the prompt).
+        """
+        fields = options.fields
+        chain, replica = fields.chain, options.replicas[decision.chosen]
+        self._stamp = stamp = self._stamp + 1
+        pending, holder = self._pending[replica.name], replica.holder
+        matched_blocks = options.depths.get(holder, 0)
+        placement = Placement(
+            replica,
+            fields,
+            decision,
+            options.candidates,
+            matched_blocks,
+            self.index.stamps(holder, chain[:matched_blocks]) if matched_blocks else [],
+            stamp,
+            next(iter(pending), stamp),
+            now,
         )
+        pending[stamp] = None
+        if not fields.stream:
+            self._silent[replica.name][stamp] = placement
+        if chain:
+            self.index.add(holder, chain, stamp)
+        replica.reserve(placement.uncached_tokens, now)
+        replica.health.placed(now)
+        return placement
 
     def _warm_slowly(
         self, replicas: list[Replica], candidates: list[Candidate], decision: Decision
@@ -267,40 +325,6 @@ class Placer:
         if not placement.is_decoding:
             placement.is_decoding = True
             placement.replica.start_decoding(placement.uncached_tokens)
-
-    def _record(  # noqa: PLR0917
-        self,
-        replica: Replica,
-        fields: RoutingFields,
-        decision: Decision,
-        candidates: list[Candidate],
-        chain: list[int],
-        depths: dict[int, int],
-        now: float,
-    ) -> Placement:
-        self._stamp = stamp = self._stamp + 1
-        pending, holder = self._pending[replica.name], replica.holder
-        matched_blocks = depths.get(holder, 0)
-        placement = Placement(
-            replica,
-            fields,
-            decision,
-            candidates,
-            chain,
-            matched_blocks,
-            self.index.stamps(holder, chain[:matched_blocks]) if matched_blocks else [],
-            stamp,
-            next(iter(pending), stamp),
-            now,
-        )
-        pending[stamp] = None
-        if not fields.stream:
-            self._silent[replica.name][stamp] = placement
-        if chain:
-            self.index.add(holder, chain, stamp)
-        replica.reserve(placement.uncached_tokens, now)
-        replica.health.placed(now)
-        return placement
 
     def _settle(self, placement: Placement) -> None:
         self._pending[placement.replica.name].pop(placement.stamp, None)

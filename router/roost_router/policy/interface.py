@@ -50,6 +50,11 @@ class Candidate:
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
         self.prompt_key: Final = prompt_key
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the whole prompt; for all the same."""
+        return self.matched_tokens + self.uncached_tokens
+
 
 class Decision:
     """The pick, and enough to explain it."""

@@ -57,7 +57,7 @@ def start_s(candidate: Candidate, release_tokens_per_s: float) -> float:
     """
     queue_s = interference(candidate) * candidate.queued_tokens / candidate.prefill_tokens_per_s
     capacity = candidate.kv_capacity_tokens
-    prompt_tokens = candidate.matched_tokens + candidate.uncached_tokens
+    prompt_tokens = candidate.prompt_tokens
     if not candidate.num_in_flight or prompt_tokens > capacity:  # of which 0 is unknown
         return queue_s
     free = capacity * (1.0 - candidate.kv_usage)
