@@ -10,8 +10,10 @@ import click
 
 from roost.bench_cli import bench
 from roost.cli_parts import FILE, PORT, WEIGHTS, needing_engine
+from roost.doctor_cli import doctor
 from roost.explain_cli import explain
 from roost.sim_cli import sim
+from roost.top_cli import top
 
 if TYPE_CHECKING:
     from roost_router.config import RouterConfig
@@ -55,9 +57,10 @@ def main(verbose: bool) -> None:
 )
 @click.option(
     "--policy",
-    default="cost",
+    default="late-binding",
     metavar="NAME",
-    help="Who gets a request: cost is ours; for comparison sglang, smg, dynamo, llm-d, aibrix, "
+    help="Who gets a request, and when: late-binding is ours; cost a simpler one that holds none "
+    "back; for comparison sglang, smg, dynamo, llm-d, aibrix, "
     "chwbl, production-stack-prefix, production-stack-session, least-outstanding, power-of-two, "
     "round-robin; or module:Class of your own.",
 )
@@ -67,6 +70,12 @@ def main(verbose: bool) -> None:
     type=click.FloatRange(0.0),
     default=10.0,
     help="Seconds that streams may finish after SIGTERM.",
+)
+@click.option(
+    "--max-held",
+    type=click.IntRange(0),
+    default=4096,
+    help="Requests of each model that wait for a replica that can start them; beyond: 503.",
 )
 @click.option(
     "--max-requests", type=click.IntRange(1), default=16384, help="Served at once; beyond: 503."
@@ -243,6 +252,19 @@ def _run_router(config: RouterConfig) -> None:
     default=30.0,
     help="Seconds that running requests may finish after SIGTERM.",
 )
+@click.option(
+    "--kv-events-endpoint",
+    metavar="ENDPOINT",
+    help="Tell routers over ZeroMQ, as vLLM does, which KV blocks are cached: tcp://*:5557, or "
+    "tcp://127.0.0.1:* for any free port; without a * it connects to a router that listens. Events "
+    "tell prompts: let only routers reach them.",
+)
+@click.option(
+    "--kv-events-replay-endpoint",
+    metavar="ENDPOINT",
+    help="Where routers get what they have missed of them: tcp://*:5558.",
+)
+@click.option("--kv-events-topic", default="", help="Topic of KV events; routers find it out.")
 @click.option("--lifeline-fd", type=int, hidden=True)
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL as a replica with an OpenAI API.
@@ -259,8 +281,10 @@ def serve(model: str, **options: Any) -> None:
 
 
 main.add_command(bench)
+main.add_command(doctor)
 main.add_command(explain)
 main.add_command(sim)
+main.add_command(top)
 
 
 @main.command()

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from random import Random
 
 from roost_router.admin import AdminService
@@ -34,10 +35,10 @@ def build_placer(config: RouterConfig, rng: Random) -> Placer:
     """The router's brain, without any I/O."""
     index = PrefixIndex()
     try:
-        policy = make_policy(config.policy)
+        make_policy(config.policy)
     except PolicyError as error:
         raise ConfigError(str(error)) from None
-    return Placer(index, Fleet(index, config.replicas), policy, rng)
+    return Placer(index, Fleet(index, config.replicas), partial(make_policy, config.policy), rng)
 
 
 class Router:

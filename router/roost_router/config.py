@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from roost_router.policy.registry import DEFAULT_POLICY
 from roost_router.replica_url import ReplicaUrlError, check_replica_url
 
 
@@ -26,11 +27,12 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     poll_interval_s: float = 1.0  # shorter notices joins and deaths sooner, costs replicas a page
     poll_timeout_s: float = 5.0
     connect_timeout_s: float = 2.0
-    policy: str = "cost"  # who gets a request; policy/registry.py
+    policy: str = DEFAULT_POLICY  # who gets a request; policy/registry.py
     max_attempts: int = 3  # replicas tried for a request before the first byte
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
     max_requests: int = 16384  # being served at once; beyond: 503
+    max_held: int = 4096  # of them, waiting for a replica that can start them, of each model
     max_connections: int = 32768  # of clients; fewer if the process may not open so many files
     max_connections_per_address: int = 16384  # one client, or one proxy, never takes all
     head_timeout_s: float = 10.0  # for a request's head, and for the first request

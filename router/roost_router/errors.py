@@ -167,6 +167,24 @@ class OverloadError(RouterError):
     retry_after_s = 1
 
 
+class HeldTooManyError(OverloadError):
+    """No replica can start this request soon, and as many wait already as may."""
+
+    code = "too_many_held"
+
+    def __init__(self, num_held: int) -> None:
+        super().__init__(f"every replica is busy, and {num_held} requests wait for one already")
+
+
+class StoppedError(OverloadError):
+    """The router ends, and had not placed this request yet."""
+
+    code = "router_stopped"
+
+    def __init__(self) -> None:
+        super().__init__("the router was stopped before a replica could start this request")
+
+
 class FleetError(RouterError):
     """Replicas could not answer."""
 

@@ -28,18 +28,19 @@ from typing import TYPE_CHECKING, Final
 
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.fleet.replica import Replica
-from roost_router.fleet.slow_start import MAX_WAIT_S, may_take_miss, thin
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.text_chain import (
     TEXT_BLOCK_BYTES,
     chain_bytes,
     num_whole_blocks,
 )
+from roost_router.index.unseen import Unseen, kind_of, ranks
 from roost_router.openai_request import RoutingFields
-from roost_router.policy.cost import CostPolicy
 from roost_router.policy.interface import Candidate, Decision, Policy
+from roost_router.policy.slow_start import thin
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from random import Random
 
 #: Tokens that the prior of bytes per token weighs, and the most that the past may weigh.
@@ -52,6 +53,8 @@ _MAX_BYTES_PER_TOKEN = 16.0
 _DENSITY_SLACK = 1.5
 #: Blocks are cut at 256 bytes here and at (typically) 16 tokens there.
 _TOLERANCE_BYTES = 2 * TEXT_BLOCK_BYTES
+#: Times the lag of news after which a first byte is overdue.
+_OVERDUE = 2.0
 _NO_DEPTHS: dict[int, int] = {}
 #: Fewer events say more about the first and the last than about the pace between them.
 _MIN_EVENTS_FOR_ITL = 8
@@ -66,11 +69,30 @@ class Options:
         replicas: list[Replica],
         candidates: list[Candidate],
         depths: dict[int, int],
+        unseen_kinds: list[int],
     ) -> None:
         self.fields: Final = fields
         self.replicas: Final = replicas
         self.candidates: Final = candidates  # of the replicas, in order
         self.depths: Final = depths  # matched blocks by holder, where there are any
+        self.unseen_kinds: Final = unseen_kinds  # of the replicas; empty: no block is unknown
+
+
+def _unseen_kinds(chain: list[int], depths: dict[int, int], replicas: list[Replica]) -> list[int]:
+    """What index/unseen.py calls the kind of each replica; none where no block is unknown."""
+    if len(replicas) == 1:
+        return []
+    deepest = max(depths.values()) if depths else 0
+    if deepest == len(chain):
+        return []
+    found = ranks(chain[deepest], [replica.salt for replica in replicas])
+    if not deepest:
+        return found
+    get = depths.get
+    return [
+        kind_of(rank, holds_deepest=get(replica.holder) == deepest)
+        for rank, replica in zip(found, replicas, strict=True)
+    ]
 
 
 class Placement:
@@ -86,6 +108,7 @@ class Placement:
         matched_stamps: list[int],
         stamp: int,
         oldest_pending: int,
+        unseen_kind: int | None,
         now: float,
     ) -> None:
         chosen = candidates[decision.chosen]
@@ -108,6 +131,7 @@ class Placement:
         self.matched_stamps: Final = matched_stamps  # of the blocks before this placement
         #: Oldest placement of this replica still without a first byte.
         self.oldest_pending: Final = oldest_pending
+        self.unseen_kind: Final = unseen_kind  # None: no block of it was unknown
         self.first_byte_at: float | None = None
         self.is_decoding = False  # counted as a running stream, no longer as queued
         self.is_finished = False
@@ -127,14 +151,18 @@ class Placement:
 class Placer:
     """Decides where requests go and remembers where they went."""
 
-    def __init__(self, index: PrefixIndex, fleet: Fleet, policy: Policy, rng: Random) -> None:
+    def __init__(
+        self, index: PrefixIndex, fleet: Fleet, make_policy: Callable[[], Policy], rng: Random
+    ) -> None:
+        """`make_policy`: called for each model, since what a policy keeps is of its replicas."""
         self.index = index
         self.fleet = fleet
-        self._policy = policy
-        self._prices_seconds = isinstance(policy, CostPolicy)  # others are left as they are
+        self._make_policy = make_policy
+        self._policies: dict[str, Policy] = {}  # by model
         self._rng = rng
         self._stamp = 0
-        self._pending: dict[str, dict[int, None]] = {r.name: {} for r in fleet.replicas}
+        self._unseen_by_model: dict[str, Unseen] = {}
+        self._pending: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
         self._silent: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
         self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
 
@@ -177,41 +205,53 @@ class Placer:
         depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
+        kinds, unseen = _unseen_kinds(chain, depths, replicas), self._unseen(fields.model)
+        is_thin = thin([self.index.num_bytes(replica.holder) for replica in replicas])
         candidates = []
-        for replica in replicas:
+        for number, replica in enumerate(replicas):
             matched_tokens, speed = 0, replica.speed
+            tokens_per_s = (
+                speed.prefill_tokens_per_s
+                if speed.num_observed
+                else fleet.prefill_tokens_per_s(replica)
+            )
+            capacity = replica.kv_capacity_tokens or 0
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])
                 matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
+            uncached_tokens = prompt_tokens - matched_tokens
+            hoped_tokens = uncached_tokens * unseen.share(kinds[number]) if kinds else 0.0
             candidates.append(
                 Candidate(
                     replica.name,
                     matched_tokens=matched_tokens,
-                    uncached_tokens=prompt_tokens - matched_tokens,
-                    queued_tokens=replica.queued_tokens,
-                    num_decoding=replica.num_decoding,
-                    prefill_tokens_per_s=speed.prefill_tokens_per_s
-                    if speed.num_observed
-                    else fleet.prefill_tokens_per_s(replica),
+                    uncached_tokens=uncached_tokens,
+                    queued_tokens=self._queued_tokens(replica, tokens_per_s, now),
+                    num_decoding=replica.num_decoding + replica.num_others,
+                    prefill_tokens_per_s=tokens_per_s,
                     decode_s=speed.decode_s,
                     recent_uncached_tokens=replica.recent_uncached_tokens(now),
                     num_in_flight=replica.num_in_flight,
                     kv_usage=replica.report.kv_usage or 0.0,
-                    kv_capacity_tokens=replica.kv_capacity_tokens or 0,
+                    kv_capacity_tokens=capacity,
+                    kv_release_tokens_per_s=replica.kv_release.tokens_per_s(capacity, now),
                     prompt_key=fields.prompt_key,
+                    hoped_tokens=hoped_tokens,
+                    is_thin=is_thin[number],
                 )
             )
-        return Options(fields, replicas, candidates, depths)
+        return Options(fields, replicas, candidates, depths, kinds)
 
     def decide(self, options: Options) -> Decision:
         """The policy's pick."""
-        candidates = options.candidates
-        decision = self._policy.pick(candidates, self._rng)
-        if self._prices_seconds and options.fields.chain and len(candidates) > 1:
-            most_matched = max([candidate.matched_tokens for candidate in candidates])
-            if 2 * most_matched < candidates[0].prompt_tokens:
-                decision = self._warm_slowly(options.replicas, candidates, decision)
-        return decision
+        return self.policy(options.fields.model).pick(options.candidates, self._rng)
+
+    def policy(self, model: str) -> Policy:
+        """Who decides for requests of `model`, which a replica serves."""
+        policy = self._policies.get(model)
+        if policy is None:
+            policy = self._policies[model] = self._make_policy()
+        return policy
 
     def bind(self, options: Options, decision: Decision, now: float) -> Placement:
         """Record that the request goes where `decision` says: residency and load.
@@ -232,30 +272,18 @@ class Placer:
             self.index.stamps(holder, chain[:matched_blocks]) if matched_blocks else [],
             stamp,
             next(iter(pending), stamp),
+            options.unseen_kinds[decision.chosen] if options.unseen_kinds else None,
             now,
         )
-        pending[stamp] = None
+        pending[stamp] = placement
         if not fields.stream:
             self._silent[replica.name][stamp] = placement
         if chain:
             self.index.add(holder, chain, stamp)
-        replica.reserve(placement.uncached_tokens, now)
+        tokens_per_s = options.candidates[decision.chosen].prefill_tokens_per_s
+        replica.reserve(placement.uncached_tokens, tokens_per_s, now)
         replica.health.placed(now)
         return placement
-
-    def _warm_slowly(
-        self, replicas: list[Replica], candidates: list[Candidate], decision: Decision
-    ) -> Decision:
-        """Leave most misses to replicas whose cache is not thin; see fleet/slow_start.py."""
-        is_thin = thin([self.index.num_bytes(replica.holder) for replica in replicas])
-        if not is_thin[decision.chosen] or may_take_miss(self._rng):
-            return decision
-        fuller = [number for number, it_is in enumerate(is_thin) if not it_is]
-        second = self._policy.pick([candidates[number] for number in fuller], self._rng)
-        waits_s = second.costs_s[second.chosen] - decision.costs_s[decision.chosen]
-        if waits_s > MAX_WAIT_S:
-            return decision
-        return Decision(chosen=fuller[second.chosen], costs_s=decision.costs_s)
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
         """The replica's answer begins. `streamed`: with its first token, not with the whole."""
@@ -263,7 +291,7 @@ class Placer:
             return
         placement.first_byte_at = now
         replica = placement.replica
-        self._start_decoding(placement)
+        self._start_decoding(placement, now)
         self._settle(placement)
         if placement.holder == replica.holder:
             self.index.trim(placement.holder)
@@ -289,6 +317,12 @@ class Placer:
         self._seen[placement.model] = (num_bytes, num_tokens)
         self.fleet.set_bytes_per_token(placement.model, num_bytes / num_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
+            if placement.unseen_kind is not None:
+                self._unseen(placement.model).learn(
+                    placement.unseen_kind,
+                    prompt_tokens - placement.matched_tokens,
+                    cached_tokens - placement.matched_tokens,
+                )
             self._correct(placement, cached_tokens, density)
 
     def finish(self, placement: Placement, now: float, num_events: int = 0) -> None:
@@ -309,8 +343,10 @@ class Placer:
                 )
         elif num_events >= _MIN_EVENTS_FOR_ITL:
             itl_s = (now - first_at) / (num_events - 1)
-            replica.speed.observe_itl(itl_s, max(1, replica.num_decoding))
+            replica.speed.observe_itl(itl_s, max(1, replica.num_decoding + replica.num_others))
         replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
+        kv_tokens = placement.matched_tokens + placement.uncached_tokens + num_events
+        replica.kv_release.released(kv_tokens, now)
 
     def _assume_prefilled(self, silent: dict[int, Placement], now: float) -> None:
         """Count requests that are not streamed as decoding once their prefill must be over."""
@@ -319,12 +355,31 @@ class Placer:
             if placement.prefilled_at > now:
                 break
             del silent[stamp]
-            self._start_decoding(placement)
+            self._start_decoding(placement, placement.prefilled_at)
 
-    def _start_decoding(self, placement: Placement) -> None:
+    def _queued_tokens(self, replica: Replica, tokens_per_s: float, now: float) -> int:
+        """Uncached tokens that stand before a request that comes now.
+
+        Where news takes its time, prefills are taken to go on meanwhile as predicted; but when one
+        is overdue by more than its news can be, something holds them up, and all of them count.
+        """
+        if not replica.queued_tokens or not replica.news_lag_s:
+            return replica.queued_tokens
+        oldest = next(iter(self._pending[replica.name].values()), None)
+        if oldest is not None and now > oldest.prefilled_at + _OVERDUE * replica.news_lag_s:
+            return replica.queued_tokens
+        return int(replica.undrained_tokens(tokens_per_s, now))
+
+    def _unseen(self, model: str) -> Unseen:
+        unseen = self._unseen_by_model.get(model)
+        if unseen is None:
+            unseen = self._unseen_by_model[model] = Unseen()
+        return unseen
+
+    def _start_decoding(self, placement: Placement, at: float) -> None:
         if not placement.is_decoding:
             placement.is_decoding = True
-            placement.replica.start_decoding(placement.uncached_tokens)
+            placement.replica.start_decoding(placement.uncached_tokens, at)
 
     def _settle(self, placement: Placement) -> None:
         self._pending[placement.replica.name].pop(placement.stamp, None)

@@ -96,13 +96,13 @@ def test_routers_poll_the_load_of_replicas(hears_after_s, num_running):
     routers = RealRouters(
         CostPolicy, num_routers=1, reports=[replicas[0].report()], block_tokens=BLOCK, seed=0
     )
-    seen, place = [], routers.place
+    seen, offer = [], routers.offer
 
     def watch(job, now):
         seen.append(routers.placers[0].fleet.replicas[0].report)
-        return place(job, now)
+        return offer(job, now)
 
-    routers.place = watch
+    routers.offer = watch
     FleetRun(Trace("t", BLOCK, requests), replicas, routers, hears_after_s=hears_after_s).run()
 
     assert [report.num_running for report in seen] == [0, num_running, 1]
@@ -152,13 +152,13 @@ def test_a_router_that_hears_late_believes_requests_in_flight():
             seed=0,
         )
         seen = []
-        place = routers.place
+        offer = routers.offer
 
         def watch(job, now):
             seen.append(routers.placers[0].fleet.replicas[0].queued_tokens)
-            return place(job, now)
+            return offer(job, now)
 
-        routers.place = watch
+        routers.offer = watch
         FleetRun(trace, replicas, routers, hears_after_s=hears_after_s).run()
         return seen[1]
 

@@ -1,13 +1,15 @@
-"""Least seconds to the first token, as a table."""
+"""When a replica would start, what it costs, who is picked: hand-computed."""
 
 from __future__ import annotations
 
 from collections import Counter
+from math import exp
 from random import Random
 
 import pytest
 
-from roost_router.policy.cost import CostPolicy, cost_s
+from roost_router.fleet.kv_release import KvRelease
+from roost_router.policy.cost import CostPolicy, cost_s, interference, prefill_s, start_s
 from roost_router.policy.interface import Candidate
 
 
@@ -15,29 +17,55 @@ def candidate(**changes) -> Candidate:
     fields = {
         "name": "r",
         "matched_tokens": 0,
-        "uncached_tokens": 1000,
+        "uncached_tokens": 1024,
         "queued_tokens": 0,
         "num_decoding": 0,
-        "prefill_tokens_per_s": 1000.0,
-        "decode_s": 0.01,
+        "prefill_tokens_per_s": 1024.0,
+        "decode_s": 0.125,
         "recent_uncached_tokens": 0.0,
+        "num_in_flight": 1,
+        "kv_capacity_tokens": 10_000,
+        "kv_release_tokens_per_s": 100.0,
     }
     return Candidate(**{**fields, **changes})
+
+
+def test_prefill_takes_longer_beside_running_streams():
+    # A chunk of 2,048 tokens takes 2 s; four streams add a step of 0.5 s to it.
+    assert interference(candidate()) == 1.0
+    assert interference(candidate(num_decoding=4)) == 1.25
+    assert prefill_s(candidate(num_decoding=4)) == 1.0
+
+
+def test_what_is_expected_in_the_cache_is_not_computed():
+    assert prefill_s(candidate(hoped_tokens=256.0)) == 0.75
 
 
 @pytest.mark.parametrize(
     ("changes", "seconds"),
     [
-        ({}, 2.0),
-        ({"uncached_tokens": 10, "matched_tokens": 990}, 0.02),
-        ({"queued_tokens": 3000}, 5.0),
-        ({"queued_tokens": 3000, "uncached_tokens": 10}, 3.02),
-        ({"num_decoding": 8}, 2.08),
-        ({"prefill_tokens_per_s": 20_000.0}, 0.1),
+        ({}, 0.0),
+        ({"queued_tokens": 2048}, 2.0),
+        ({"queued_tokens": 2048, "num_decoding": 4}, 2.5),
+        ({"kv_usage": 0.75}, 0.0),  # 2,500 free
+        ({"kv_usage": 0.9}, 0.24),  # 24 short, at 100 tokens/s
+        ({"kv_usage": 0.9, "num_in_flight": 0}, 0.0),  # a late report
+        ({"kv_usage": 0.9, "queued_tokens": 76}, 1.0),  # queued tokens need room first
+        ({"kv_usage": 0.9, "kv_capacity_tokens": 0}, 0.0),  # unknown
+        ({"kv_usage": 1.0, "uncached_tokens": 10_000}, 100.0),
+        ({"kv_usage": 1.0, "uncached_tokens": 10_001}, 0.0),  # never fits: the replica refuses
+        ({"kv_usage": 1.0, "uncached_tokens": 9_001, "matched_tokens": 1000}, 0.0),
     ],
 )
-def test_cost_is_the_formula_in_seconds(changes, seconds):
-    assert cost_s(candidate(**changes)) == pytest.approx(seconds)
+def test_the_start_waits_for_the_queue_and_for_memory(changes, seconds):
+    assert start_s(candidate(**changes)) == pytest.approx(seconds)
+
+
+def test_cost_is_start_and_own_prefill_at_its_price():
+    busy = candidate(num_decoding=4, queued_tokens=1024)
+
+    # Own prefill of 1 s, times 1.25 for the streams, 2 for the price and 0.12 for decoding.
+    assert cost_s(busy, 3.0) == pytest.approx(3.0 + 3.37)
 
 
 def pick(*candidates: Candidate, seed: int = 0) -> int:
@@ -48,9 +76,9 @@ def test_a_warm_replica_wins_over_an_idle_cold_one():
     assert pick(candidate(), candidate(uncached_tokens=10, queued_tokens=500)) == 1
 
 
-def test_waiting_for_longer_than_twice_the_prefill_makes_a_second_holder():
-    assert pick(candidate(), candidate(uncached_tokens=10, queued_tokens=1900)) == 1
-    assert pick(candidate(), candidate(uncached_tokens=10, queued_tokens=2100)) == 0
+def test_waiting_for_longer_than_three_times_the_prefill_makes_a_second_holder():
+    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=3000)) == 1
+    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=3100)) == 0
 
 
 def test_running_streams_push_cold_work_away():
@@ -68,3 +96,25 @@ def test_full_ties_are_broken_at_random_and_reproducibly():
     assert set(counts) == {0, 1, 2}
     assert min(counts.values()) > 60
     assert pick(candidate(), candidate(), seed=7) == pick(candidate(), candidate(), seed=7)
+
+
+def test_what_waits_in_the_router_costs_and_does_not_delay_the_start():
+    both = [candidate(name="a"), candidate(name="b", uncached_tokens=1100)]
+
+    decision, starts_s = CostPolicy().pick_behind(both, Random(1), {"a": 9.0, "b": 0.0}.__getitem__)
+
+    assert (decision.chosen, starts_s) == (1, 0.0)
+    assert decision.costs_s[0] == pytest.approx(9.0 + 3.0)
+
+
+def test_kv_is_released_at_the_rate_that_was_seen_lately():
+    release = KvRelease()
+    assert release.tokens_per_s(6000, 0.0) == 100.0  # a turn of the cache in a minute
+
+    release.released(1000, 50.0)
+    assert release.tokens_per_s(600, 50.0) == 100.0
+    assert release.tokens_per_s(600, 60.0) == pytest.approx(100.0 * exp(-1.0))
+
+    release.released(1000, 60.0)
+    assert release.tokens_per_s(600, 60.0) == pytest.approx(100.0 + 100.0 * exp(-1.0))
+    assert release.tokens_per_s(600, 500.0) == 10.0

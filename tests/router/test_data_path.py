@@ -120,12 +120,13 @@ async def test_unrelated_prompts_land_on_different_replicas(start_router, replic
     router = await start_router(*replicas)
 
     async with aiohttp.ClientSession() as session:
-        for word in ("alpha ", "beta "):
-            body = {"model": "m", "messages": [{"role": "user", "content": word * 300}]}
+        for number in range(20):
+            content = f"{number} " * 300
+            body = {"model": "m", "messages": [{"role": "user", "content": content}]}
             async with session.post(base(router) + "/v1/chat/completions", json=body) as answer:
                 await answer.read()
 
-    assert [len(fake.bodies) for fake in replicas] == [1, 1]
+    assert min(len(fake.bodies) for fake in replicas) >= 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -423,7 +424,7 @@ async def test_a_drain_lets_streams_finish_and_refuses_new_connections(start_rou
     assert rest.endswith(b"data: [DONE]\n\n")
 
 
-async def test_the_admin_port_tells_health_metrics_and_replicas(start_router, replicas):
+async def test_the_admin_port_tells_health_metrics_and_the_fleet(start_router, replicas):
     router = await start_router(*replicas)
     async with aiohttp.ClientSession() as session:
         async with session.post(base(router) + "/v1/chat/completions", json=CHAT) as answer:
@@ -434,8 +435,8 @@ async def test_the_admin_port_tells_health_metrics_and_replicas(start_router, re
             assert answer.status == 200
         async with session.get(admin(router) + "/metrics") as answer:
             page = await answer.text()
-        async with session.get(admin(router) + "/replicas") as answer:
-            listed = await answer.json()
+        async with session.get(admin(router) + "/fleet") as answer:
+            listed = (await answer.json())["replicas"]
 
     assert 'roost_router_requests_total{model="m",outcome="ok",replica="r0"} 1.0' in page or (
         'roost_router_requests_total{model="m",outcome="ok",replica="r1"} 1.0' in page

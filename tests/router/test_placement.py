@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -26,7 +27,7 @@ def make_placer(num_replicas: int = 2, capacity_tokens: int = 65536, seed: int =
     fleet = Fleet(index, [f"http://127.0.0.1:{8101 + n}" for n in range(num_replicas)])
     for replica in fleet.replicas:
         fleet.answered(replica, ["m"], LoadReport(kv_capacity_tokens=capacity_tokens))
-    return Placer(index, fleet, CostPolicy(), Random(seed))
+    return Placer(index, fleet, CostPolicy, Random(seed))
 
 
 def ask(prompt: bytes) -> RoutingFields:
@@ -88,9 +89,10 @@ def test_siblings_of_a_burst_see_each_other_before_anything_was_answered():
 def test_unrelated_prompts_spread_though_every_count_is_zero():
     placer = make_placer(4)
 
-    homes = {complete(placer, other_prompt(n), 5.0 * n).replica.name for n in range(4)}
+    homes = Counter(complete(placer, other_prompt(n), 5.0 * n).replica.name for n in range(40))
 
-    assert homes == {"r0", "r1", "r2", "r3"}
+    assert set(homes) == {"r0", "r1", "r2", "r3"}
+    assert min(homes.values()) >= 4
 
 
 def test_a_prompt_that_was_never_answered_is_not_believed_resident():
@@ -271,7 +273,7 @@ def test_unknown_models_and_empty_fleets_are_told_apart():
     empty = PrefixIndex()
     fleet = Fleet(empty, ["http://a:1"])
     with pytest.raises(NoReplicaError):
-        Placer(empty, fleet, CostPolicy(), Random()).place(ask(b""), 0.0)
+        Placer(empty, fleet, CostPolicy, Random()).place(ask(b""), 0.0)
 
 
 def test_a_refused_or_restarted_replica_starts_a_new_epoch():

@@ -22,7 +22,7 @@ def make_placer(*reports: LoadReport) -> Placer:
     fleet = Fleet(index, [f"http://127.0.0.1:{8101 + n}" for n in range(len(reports))])
     for replica, report in zip(fleet.replicas, reports, strict=True):
         fleet.answered(replica, ["m"], report)
-    return Placer(index, fleet, RoundRobin(), Random(0))
+    return Placer(index, fleet, RoundRobin, Random(0))
 
 
 def seen(placer: Placer, prompt: bytes):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roost_router.policy.cost import CostPolicy
 from roost_router.policy.fair_queue import AGEING, FairQueue, Held
 from roost_router.policy.interface import Candidate, Decision
 from roost_router.policy.late_binding import HOLD_S, MAX_LOOKS, LateBinding
@@ -28,11 +29,33 @@ def candidate(queued_s: float = 0.0, own_s: float = 1.0, name: str = "r0") -> Ca
     )
 
 
+def late_binding(**options) -> LateBinding:
+    return LateBinding(CostPolicy(), **options)
+
+
+def offer(late, request, candidates, now=0.0, rng=None, tenant=""):
+    return late.offer(request, candidates, now, rng or Random(1), tenant)[0]
+
+
+def looked(late, candidates_of):
+    """What a look binds, as whoever drives it does."""
+    look = late.look(Random(1))
+    for held in look.requests:
+        if not held.is_held:
+            continue
+        decision = look.decide(held, candidates_of(held.request))
+        if decision is not None:
+            yield held, decision
+        if look.is_over:
+            return
+
+
 class Bench:
     """Replicas with queues in seconds; a request is (name, own prefill seconds)."""
 
     def __init__(self, num_replicas: int = 1, **options) -> None:
-        self.late: LateBinding[tuple[str, float]] = LateBinding(**options)
+        self.late: LateBinding[tuple[str, float]] = late_binding(**options)
+        self.displaced: list[Held] = []
         self.queued_s = [0.0] * num_replicas
         self.rng = Random(3)
         self.bound: list[str] = []
@@ -42,7 +65,11 @@ class Bench:
 
     def offer(self, name: str, own_s: float = 1.0, now: float = 0.0, **options):
         request = (name, own_s)
-        taken = self.late.offer(request, self.candidates(request), now, self.rng, **options)
+        taken, displaced = self.late.offer(
+            request, self.candidates(request), now, self.rng, **options
+        )
+        if displaced is not None:
+            self.displaced.append(displaced)
         if isinstance(taken, Decision):
             self.place(request, taken)
         return taken
@@ -51,26 +78,26 @@ class Bench:
         self.queued_s[decision.chosen] += request[1]
         self.bound.append(request[0])
 
-    def look(self, now: float = 0.0) -> list[str]:
+    def look(self) -> list[str]:
         before = len(self.bound)
-        for held, decision in self.late.look(now, self.rng, self.candidates):
+        for held, decision in looked(self.late, self.candidates):
             self.place(held.request, decision)
         return self.bound[before:]
 
 
 @pytest.mark.parametrize(("queued_s", "is_bound"), [(0.0, True), (HOLD_S, True), (0.151, False)])
 def test_a_request_is_held_where_it_would_start_later_than_hold(queued_s, is_bound):
-    taken = LateBinding().offer("a", [candidate(queued_s)], 0.0, Random(1))
+    taken = offer(late_binding(), "a", [candidate(queued_s)])
 
     assert isinstance(taken, Decision if is_bound else Held)
 
 
 @pytest.mark.parametrize(("queued_s", "num_bound"), [(HOLD_S, 1), (0.151, 0)])
 def test_a_look_binds_by_the_same_limit(queued_s, num_bound):
-    late, rng = LateBinding(), Random(1)
-    late.offer("a", [candidate(9.0)], 0.0, rng)
+    late = late_binding()
+    offer(late, "a", [candidate(9.0)], 0.0)
 
-    assert num_bound == len(list(late.look(0.0, rng, lambda _: [candidate(queued_s)])))
+    assert num_bound == len(list(looked(late, lambda _: [candidate(queued_s)])))
 
 
 def test_an_idle_replica_takes_what_a_busy_one_would_keep_waiting():
@@ -82,25 +109,25 @@ def test_an_idle_replica_takes_what_a_busy_one_would_keep_waiting():
 
 def test_a_request_waits_for_the_replica_that_holds_its_prefix():
     """2 s of queue and 0.01 s of prefill beat 3 s of prefill at twice the price."""
-    late = LateBinding()
+    late = late_binding()
     warm, cold = candidate(2.0, 0.01, "warm"), candidate(0.0, 3.0, "cold")
 
-    held = late.offer("a", [warm, cold], 0.0, Random(1))
+    held = offer(late, "a", [warm, cold], 0.0)
     assert isinstance(held, Held)
     assert held.prefill_s == 0.01
 
-    later = late.look(1.0, Random(1), lambda _: [candidate(0.1, 0.01, "warm"), cold])
+    later = looked(late, lambda _: [candidate(0.1, 0.01, "warm"), cold])
     assert [(held, 0)] == [(bound, decision.chosen) for bound, decision in later]
     assert not late.queue
 
 
 def test_a_hot_prefix_gets_another_holder_once_too_many_wait_for_the_first():
     """Those held are queue, too: else all wait for one replica, and the others idle."""
-    late, rng = LateBinding(), Random(1)
-    # Costs 1 + 0.2 on the one that holds the prefix, and 0.1 for each that waits; 1.94 elsewhere.
-    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.97, "idle")]
+    late = late_binding()
+    # Costs 1 + 0.3 on the one that holds the prefix, and 0.1 for each that waits; 2.04 elsewhere.
+    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.68, "idle")]
 
-    taken = [late.offer(number, both, 0.0, rng) for number in range(9)]
+    taken = [offer(late, number, both, 0.0) for number in range(9)]
 
     assert all(isinstance(one, Held) for one in taken[:8])
     assert isinstance(taken[8], Decision)
@@ -109,25 +136,23 @@ def test_a_hot_prefix_gets_another_holder_once_too_many_wait_for_the_first():
 
 
 def test_a_request_that_waits_is_no_queue_before_itself():
-    late, rng = LateBinding(), Random(1)
-    late.offer("a", [candidate(0.2, 1.0, "warm"), candidate(9.0, 1.2, "cold")], 0.0, rng)
+    late = late_binding()
+    offer(late, "a", [candidate(0.2, 1.0, "warm"), candidate(9.0, 1.2, "cold")], 0.0)
 
     both = [candidate(0.0, 1.0, "warm"), candidate(0.0, 1.2, "cold")]
-    ((_, decision),) = late.look(0.0, rng, lambda _: both)
+    ((_, decision),) = looked(late, lambda _: both)
 
     assert decision.chosen == 0
 
 
 def test_held_requests_count_those_before_them_only():
     """Ten wait for the hot one; those for whom too many go first are bound elsewhere."""
-    late, rng = LateBinding(), Random(1)
+    late = late_binding()
     for number in range(10):
-        late.offer(number, [candidate(9.0, 0.1, "hot")], 0.0, rng)
+        offer(late, number, [candidate(9.0, 0.1, "hot")], 0.0)
 
-    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.97, "idle")]
-    bound = [
-        (held.request, decision.chosen) for held, decision in late.look(0.0, rng, lambda _: both)
-    ]
+    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.68, "idle")]
+    bound = [(held.request, decision.chosen) for held, decision in looked(late, lambda _: both)]
 
     assert [(8, 1), (9, 1)] == bound
 
@@ -153,7 +178,7 @@ def test_waiting_makes_up_for_length():
         bench.offer("short", 1.0, now=late_by)
 
         bench.queued_s = [0.0]
-        assert [first] == bench.look(late_by)
+        assert [first] == bench.look()
 
 
 def test_each_decision_sees_the_one_before():
@@ -169,39 +194,30 @@ def test_each_decision_sees_the_one_before():
 
 
 def test_a_prefix_that_arrived_meanwhile_is_found():
-    late, rng = LateBinding(), Random(1)
-    first = late.offer("long", [candidate(9.0, 3.0)], 0.0, rng)
-    late.offer("middle", [candidate(9.0, 2.0)], 0.0, rng)
+    late = late_binding()
+    first = offer(late, "long", [candidate(9.0, 3.0)], 0.0)
+    offer(late, "middle", [candidate(9.0, 2.0)], 0.0)
 
     cached = {"long": 0.01, "middle": 2.0}
-    list(late.look(0.0, rng, lambda request: [candidate(9.0, cached[request])]))
+    cold = candidate(0.0, 99.0, "cold")
+    list(looked(late, lambda request: [candidate(9.0, cached[request]), cold]))
 
     assert first.prefill_s == 0.01
     assert ["long", "middle"] == [held.request for held in late.queue.first(9)]
 
 
 def test_a_look_has_a_limit():
-    late, rng = LateBinding(), Random(1)
+    late = late_binding()
     for number in range(MAX_LOOKS + 1):
-        late.offer(number, [candidate(9.0)], 0.0, rng)
+        offer(late, number, [candidate(9.0)], 0.0)
     asked: list[int] = []
 
     def candidates_of(number: int) -> list[Candidate]:
         asked.append(number)
-        return [candidate(9.0)]
+        return [tight(1000.0)]
 
-    assert [] == list(late.look(0.0, rng, candidates_of))
+    assert [] == list(looked(late, candidates_of))
     assert list(range(MAX_LOOKS)) == asked
-
-
-def test_a_request_whose_replicas_are_gone_stays():
-    late, rng = LateBinding(), Random(1)
-    held = [late.offer(name, [candidate(9.0)], 0.0, rng) for name in "ab"]
-
-    bound = late.look(0.0, rng, lambda name: [] if name == "a" else [candidate(0.0)])
-
-    assert [held[1]] == [one for one, _ in bound]
-    assert [held[0]] == late.queue.held()
 
 
 def test_cancelled_requests_are_gone_even_during_a_look():
@@ -212,51 +228,49 @@ def test_cancelled_requests_are_gone_even_during_a_look():
     bench.late.cancel(held[0])
 
     bench.queued_s = [0.0]
-    look = bench.late.look(0.0, bench.rng, bench.candidates)
-    assert next(look)[0] is held[1]
+    bound = looked(bench.late, bench.candidates)
+    assert next(bound)[0] is held[1]
     bench.late.cancel(held[2])
 
-    assert [] == list(look)
+    assert [] == list(bound)
     assert not bench.late.queue
     bench.late.cancel(held[1])  # bound already
 
 
-def test_a_deadline_ends_the_wait_at_its_moment():
-    bench = Bench()
-    bench.queued_s = [9.0]
-    held = bench.offer("a", deadline_at=5.0)
-    bench.offer("b")
-
-    assert [] == bench.late.dropped(4.999)
-    bench.queued_s = [0.0]
-    assert ["b"] == bench.look(5.0)  # never bound late, even where nobody asked for those dropped
-    assert [held] == bench.late.dropped(5.0)
-    assert [] == bench.late.dropped(5.0)
-    assert not held.is_held
+def tight(release_tokens_per_s: float) -> Candidate:
+    return Candidate(
+        "r0",
+        matched_tokens=0,
+        uncached_tokens=1000,
+        queued_tokens=0,
+        num_decoding=1,
+        prefill_tokens_per_s=SPEED,
+        decode_s=0.0,
+        recent_uncached_tokens=0.0,
+        num_in_flight=1,
+        kv_usage=1.0,
+        kv_capacity_tokens=60_000,
+        kv_release_tokens_per_s=release_tokens_per_s,
+    )
 
 
 def test_memory_that_is_being_freed_is_waited_for():
-    def full(rate_known: bool) -> object:
-        late, rng = LateBinding(), Random(1)
-        if rate_known:
-            late.released("r0", 100_000, 0.0)  # 10,000 tokens/s
-        tight = Candidate(
-            "r0",
-            matched_tokens=0,
-            uncached_tokens=1000,
-            queued_tokens=0,
-            num_decoding=1,
-            prefill_tokens_per_s=SPEED,
-            decode_s=0.0,
-            recent_uncached_tokens=0.0,
-            num_in_flight=1,
-            kv_usage=1.0,
-            kv_capacity_tokens=60_000,
-        )
-        return late.offer("a", [tight], 0.0, rng)
+    assert isinstance(offer(late_binding(), "a", [tight(10_000.0)]), Decision)  # 0.1 s
+    assert isinstance(offer(late_binding(), "a", [tight(1000.0)]), Held)  # 1 s
 
-    assert isinstance(full(rate_known=True), Decision)  # 0.1 s
-    assert isinstance(full(rate_known=False), Held)  # 1 s
+
+def test_a_look_is_over_where_every_replica_has_a_queue():
+    late = late_binding()
+    for number in range(3):
+        offer(late, number, [candidate(9.0)])
+    asked = []
+
+    def both(number: int) -> list[Candidate]:
+        asked.append(number)
+        return [candidate(0.151, name="r0"), candidate(0.151, name="r1")]
+
+    assert [] == list(looked(late, both))
+    assert [0] == asked
 
 
 def test_a_flood_of_one_tenant_does_not_keep_another_waiting():
@@ -337,13 +351,13 @@ def test_counters_are_forgotten_with_the_last_one_held():
 
 
 def test_requests_that_cannot_start_do_not_use_up_the_look_of_others():
-    """The first tenant waits for a replica of its own; the second's request can start."""
-    late, rng = LateBinding(), Random(1)
+    """The first tenant waits for memory; the second's request can start."""
+    late = late_binding()
     for number in range(2 * MAX_LOOKS):
-        late.offer(("a", number), [candidate(9.0)], 0.0, rng, "a")
-    late.offer(("b", 0), [candidate(9.0)], 1.0, rng, "b")
+        offer(late, ("a", number), [candidate(9.0)], 0.0, tenant="a")
+    offer(late, ("b", 0), [candidate(9.0)], 1.0, tenant="b")
 
-    bound = late.look(1.0, rng, lambda request: [candidate(9.0 if request[0] == "a" else 0.0)])
+    bound = looked(late, lambda request: [tight(1000.0) if request[0] == "a" else candidate(0.0)])
 
     assert [("b", 0)] == [held.request for held, _ in bound]
 
@@ -355,7 +369,7 @@ def test_a_full_queue_refuses_whoever_has_a_share_and_makes_room_for_others():
     assert bench.offer("a3", tenant="a") is None
 
     assert isinstance(bench.offer("b0", tenant="b"), Held)
-    assert [held[2]] == bench.late.dropped(0.0)
+    assert [held[2]] == bench.displaced
     assert not held[2].is_held
     assert bench.offer("b1", tenant="b") is None  # two and one: a third would only swap them
     assert bench.offer("a3", tenant="a") is None

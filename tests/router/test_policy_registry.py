@@ -48,7 +48,7 @@ def user_modules(tmp_path, monkeypatch):
 def test_every_name_makes_a_policy_of_its_own():
     for name in POLICY_NAMES:
         assert make_policy(name) is not make_policy(name)
-    assert len(POLICY_NAMES) == len(set(POLICY_NAMES)) == 12
+    assert len(POLICY_NAMES) == len(set(POLICY_NAMES)) == 13
 
 
 def test_the_default_is_ours():
@@ -64,7 +64,7 @@ def test_a_users_own_class_is_made():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("costs", "no policy is called 'costs': use one of cost, aibrix, "),
+        ("costs", "no policy is called 'costs': use one of late-binding, cost, "),
         ("", "no policy is called ''"),
         ("Cost", "no policy is called 'Cost'"),
         (":Last", "not of the form module:Class"),

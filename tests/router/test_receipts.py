@@ -32,7 +32,7 @@ def placements(number: int, num_replicas: int = 8) -> list[Placement]:
     fleet = Fleet(index, [f"http://127.0.0.1:{8101 + n}" for n in range(num_replicas)])
     for replica in fleet.replicas:
         fleet.answered(replica, ["m"], LoadReport(kv_capacity_tokens=1 << 20))
-    placer, rng = Placer(index, fleet, CostPolicy(), Random(1)), Random(2)
+    placer, rng = Placer(index, fleet, CostPolicy, Random(1)), Random(2)
     found = []
     for now in range(number):
         prompt = CANARY * 50 + rng.randbytes(8) * rng.randrange(1, 8_000)

@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from roost_router.fleet.fleet import Fleet
-from roost_router.fleet.slow_start import MIN_BYTES, MISS_SHARE, THIN_SHARE, thin
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.text_chain import text_chain
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placer
 from roost_router.policy.cost import CostPolicy
+from roost_router.policy.slow_start import MIN_BYTES, MISS_SHARE, THIN_SHARE, thin
 from roost_wire.load_report import LoadReport
 
 
@@ -22,7 +22,7 @@ def make_placer(num_replicas: int) -> Placer:
     fleet = Fleet(index, [f"http://h{number}" for number in range(num_replicas)])
     for replica in fleet.replicas:
         fleet.answered(replica, ["m"], LoadReport())
-    return Placer(index, fleet, CostPolicy(), Random(3))
+    return Placer(index, fleet, CostPolicy, Random(3))
 
 
 def ask(number: int, num_bytes: int = 2048) -> RoutingFields:
@@ -70,7 +70,7 @@ def test_a_newcomer_gets_a_share_of_the_misses_until_its_cache_is_worth_somethin
     index, (full, new) = placer.index, placer.fleet.replicas
     while index.num_bytes(new.holder) < THIN_SHARE * index.num_bytes(full.holder):
         index.add(new.holder, text_chain(b"warm %d " % index.num_bytes(new.holder) * 300), 9999)
-    monkeypatch.setattr("roost_router.placement.may_take_miss", None)  # not asked any more
+    monkeypatch.setattr("roost_router.policy.cost.may_take_miss", None)  # not asked any more
     for number in range(3000, 3040):
         serve(placer, number)
 

@@ -1,9 +1,10 @@
 """The event loop of a simulated fleet: arrivals, replicas, and what routers hear of them.
 
-A heap of moments. Four kinds of events: a request arrives, a replica ends a stretch of steps, a
-router hears of an answer (at once, or `hears_after_s` later; it is told when it happened, and what
-it placed itself it knows at once), and routers poll the replicas. Events of one moment happen in
-the order in which they were planned, so that a run is a function of its arguments.
+A heap of moments. Five kinds of events: a request arrives, routers look at what they hold, a
+replica ends a stretch of steps, a router hears of an answer (at once, or `hears_after_s` later; it
+is told when it happened, and what it placed itself it knows at once), and routers poll the
+replicas. Events of one moment happen in the order in which they were planned, so that a run is a
+function of its arguments.
 
 Invariants, checked at the end: every request ended, and no replica has one left.
 """
@@ -16,6 +17,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from roost_loadtest.fleet_sim.replica import Happened, Job, SimReplica
+from roost_router.policy.late_binding import LOOK_INTERVAL_S
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.routers import Router
@@ -52,6 +54,7 @@ class FleetRun:
         self._shares_cache = shares_cache
         self._on_progress = on_progress
         self._num_ended = 0
+        self._looks = False  # a look is planned
         self._heap: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = 0
         self._planned: list[float | None] = [None] * len(replicas)
@@ -96,9 +99,24 @@ class FleetRun:
     def _arrive(self, request: Request, now: float) -> None:
         job = Job(len(self.jobs), request, self._trace.num_private(request), now)
         self.jobs.append(job)
-        job.replica = self._router.place(job, now)
-        self._replicas[job.replica].submit(job, now)
-        self._plan(job.replica)
+        replica = self._router.offer(job, now)
+        if replica is not None:
+            self._submit(job, replica, now)
+        elif not self._looks:
+            self._looks = True
+            self._at(now + LOOK_INTERVAL_S, self._look)
+
+    def _look(self, now: float) -> None:
+        for job, replica in self._router.look(now):
+            self._submit(job, replica, now)
+        self._looks = self._router.num_held > 0
+        if self._looks:
+            self._at(now + LOOK_INTERVAL_S, self._look)
+
+    def _submit(self, job: Job, replica: int, now: float) -> None:
+        job.replica = replica
+        self._replicas[replica].submit(job, now)
+        self._plan(replica)
 
     def _plan(self, number: int) -> None:
         """Note when the replica is due, if that has changed."""
@@ -141,9 +159,9 @@ class FleetRun:
     def _tell(self, what: Happened, job: Job, at: float) -> None:
         hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
         if self._hears_after_s:
-            self._at(at + self._hears_after_s, lambda _: hear(job, at))
+            self._at(at + self._hears_after_s, lambda now: hear(job, at, now))
         else:
-            hear(job, at)
+            hear(job, at, at)
 
     def _poll(self, now: float) -> None:
         if self._num_ended == len(self._trace.requests):

@@ -1,9 +1,10 @@
 """Who decides in a simulated fleet: the real router, one or several, or the bound.
 
 The real one is `roost_router.placement.Placer` with its index, fleet, fitted speeds and policy,
-driven as the data path drives it: `place` when a request arrives, `learn` and `first_byte` with
-its first token (as with our engine, whose head tells the cached tokens), `finish` at its end. Load
-reports come as its poller brings them.
+and `roost_router.dispatch.Dispatcher` before it, driven as the data path drives them: `offer` when
+a request arrives, `look` while any is held, `learn` and `first_byte` with its first token (as with
+our engine, whose head tells the cached tokens), `finish` at its end. Load reports come as its
+poller brings them. As many requests are held as come: none is refused.
 
 A trace has block ids instead of text. The placer gets canonical prompt bytes made of them: each
 token is four bytes, each block its id over and over. So the text chain is computed and cut as in
@@ -15,11 +16,14 @@ router a request comes to is drawn at random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from struct import pack
 from typing import TYPE_CHECKING, Protocol
 
+from roost_router.dispatch import Dispatcher
+from roost_router.errors import RouterError
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.openai_request import RoutingFields
@@ -40,21 +44,39 @@ _ID_MASK = (1 << 64) - 1  # ids of any size and sign
 class Router(Protocol):
     """Decides where each request goes, and hears what becomes of it."""
 
-    def place(self, job: Job, now: float) -> int:
-        """The replica that gets `job`."""
+    def offer(self, job: Job, now: float) -> int | None:
+        """The replica that gets `job`; None while it is held."""
         ...
 
-    def first_token(self, job: Job, now: float) -> None:
-        """The answer to `job` began at `now`."""
+    def look(self, now: float) -> Iterator[tuple[Job, int]]:
+        """Jobs that were held, with the replica that each gets now."""
         ...
 
-    def ended(self, job: Job, now: float) -> None:
-        """The answer to `job` ended at `now`."""
+    @property
+    def num_held(self) -> int:
+        """Jobs that wait for a look."""
+        ...
+
+    def first_token(self, job: Job, at: float, now: float) -> None:
+        """The answer to `job` began at `at`; it is `now`."""
+        ...
+
+    def ended(self, job: Job, at: float, now: float) -> None:
+        """The answer to `job` ended at `at`; it is `now`."""
         ...
 
     def polled(self, reports: Sequence[LoadReport]) -> None:
         """What all replicas reported of themselves, in order."""
         ...
+
+
+class _Asked:
+    """A job with what the router reads of a request."""
+
+    def __init__(self, job: Job, block_tokens: int) -> None:
+        self.job = job
+        prompt = canonical_prompt(job.request, block_tokens, job.number)
+        self.fields = RoutingFields(_MODEL, stream=True, prompt=prompt)
 
 
 class RealRouters:
@@ -69,9 +91,11 @@ class RealRouters:
         block_tokens: int,
         seed: int,
     ) -> None:
-        self.placers = [
-            _placer(make_policy(), len(reports), Random(f"{seed}/{number}"))
-            for number in range(num_routers)
+        rngs = [Random(f"{seed}/{number}") for number in range(num_routers)]
+        self.placers = [_placer(make_policy, len(reports), rng) for rng in rngs]
+        self._dispatchers: list[Dispatcher[_Asked]] = [
+            Dispatcher(placer, rng, max_held=sys.maxsize)
+            for placer, rng in zip(self.placers, rngs, strict=True)
         ]
         self.polled(reports)
         self._block_tokens = block_tokens
@@ -79,24 +103,42 @@ class RealRouters:
         self._placed: dict[int, tuple[Placer, Placement]] = {}
         self._number_of = {r.name: i for i, r in enumerate(self.placers[0].fleet.replicas)}
 
-    def place(self, job: Job, now: float) -> int:
+    def offer(self, job: Job, now: float) -> int | None:
         """One of the routers decides. O(prompt bytes + replicas)."""
-        placer = self._door.choice(self.placers) if len(self.placers) > 1 else self.placers[0]
-        prompt = canonical_prompt(job.request, self._block_tokens, job.number)
-        placement = placer.place(RoutingFields(_MODEL, stream=True, prompt=prompt), now)
+        place = self._door.randrange(len(self.placers)) if len(self.placers) > 1 else 0
+        taken, _ = self._dispatchers[place].offer(_Asked(job, self._block_tokens), now)
+        if isinstance(taken, Placement):
+            return self._place(job, self.placers[place], taken)
+        return None
+
+    def look(self, now: float) -> Iterator[tuple[Job, int]]:
+        """As the data path's timer, in all routers at once."""
+        for placer, dispatcher in zip(self.placers, self._dispatchers, strict=True):
+            for asked, placement in dispatcher.look(now):
+                if isinstance(placement, RouterError):  # replicas of a simulation do not leave
+                    raise placement
+                yield asked.job, self._place(asked.job, placer, placement)
+
+    @property
+    def num_held(self) -> int:
+        """Jobs that wait in any router."""
+        return sum(dispatcher.num_held for dispatcher in self._dispatchers)
+
+    def _place(self, job: Job, placer: Placer, placement: Placement) -> int:
         self._placed[job.number] = placer, placement
         return self._number_of[placement.replica.name]
 
-    def first_token(self, job: Job, now: float) -> None:
+    def first_token(self, job: Job, at: float, now: float) -> None:
         """As the head and the first bytes of a stream."""
         placer, placement = self._placed[job.number]
         placer.learn(placement, job.request.prompt_tokens, job.cached_tokens)
-        placer.first_byte(placement, now, streamed=True)
+        placement.replica.news_lag_s = now - at
+        placer.first_byte(placement, at, streamed=True)
 
-    def ended(self, job: Job, now: float) -> None:
+    def ended(self, job: Job, at: float, now: float) -> None:  # noqa: ARG002
         """As the end of a stream, an event a token."""
         placer, placement = self._placed.pop(job.number)
-        placer.finish(placement, now, job.request.output_tokens)
+        placer.finish(placement, at, job.request.output_tokens)
 
     def polled(self, reports: Sequence[LoadReport]) -> None:
         """As the poller, in all routers at once."""
@@ -118,17 +160,23 @@ class LeastWaitRouter:
         self._chunk_s = chunk_s
         self._rng = Random(f"{seed}/bound")
 
-    def place(self, job: Job, now: float) -> int:  # noqa: ARG002
+    num_held = 0
+
+    def look(self, now: float) -> Iterator[tuple[Job, int]]:  # noqa: ARG002
+        """Nothing is held."""
+        return iter(())
+
+    def offer(self, job: Job, now: float) -> int:  # noqa: ARG002
         """The replica where the queue is shortest, ties by streams, then at random."""
         return min(
             range(len(self._replicas)),
             key=lambda i: (*self._wait(self._replicas[i]), self._rng.random()),
         )
 
-    def first_token(self, job: Job, now: float) -> None:
+    def first_token(self, job: Job, at: float, now: float) -> None:
         """Nothing to learn."""
 
-    def ended(self, job: Job, now: float) -> None:
+    def ended(self, job: Job, at: float, now: float) -> None:
         """Nothing to learn."""
 
     def polled(self, reports: Sequence[LoadReport]) -> None:
@@ -156,7 +204,7 @@ def canonical_prompt(request: Request, block_tokens: int, number: int) -> bytes:
     return b"".join(blocks)[:num_bytes]
 
 
-def _placer(policy: Policy, num_replicas: int, rng: Random) -> Placer:
+def _placer(make_policy: Callable[[], Policy], num_replicas: int, rng: Random) -> Placer:
     index = PrefixIndex()
     fleet = Fleet(index, [f"http://replica-{number}" for number in range(num_replicas)])
-    return Placer(index, fleet, policy, rng)
+    return Placer(index, fleet, make_policy, rng)

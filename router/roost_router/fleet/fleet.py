@@ -164,6 +164,9 @@ class Fleet:
         replica.num_failed_polls = 0
         replica.models = tuple(models)
         replica.report = report
+        replica.num_others = max(
+            0, (report.num_running or 0) + (report.num_waiting or 0) - replica.num_in_flight
+        )
         if report.started_at is not None:  # a page that lacks it once does not unmake it
             replica.started_at = report.started_at
         if report.kv_capacity_tokens is not None:

@@ -40,6 +40,7 @@ class Health:
         self.num_ejections = 0  # in a row
         self._num_failures = 0  # in a row
         self.ejected_until: float | None = None  # closed if None
+        self.ejection_reason = ""  # of the last ejection, for people
         self._probing_since: float | None = None
 
     def circuit(self, now: float) -> Circuit:
@@ -80,6 +81,12 @@ class Health:
         if not (stalled or was_probing or self._num_failures >= MAX_FAILURES):
             return False
         self.ejected_until = now + min(MAX_S, BASE_S * 2.0**self.num_ejections)
+        if stalled:
+            self.ejection_reason = "a stream stalled"
+        elif was_probing:
+            self.ejection_reason = "its probe failed"
+        else:
+            self.ejection_reason = f"{self._num_failures} failures in a row"
         self._probing_since = None
         self.num_ejections = min(self.num_ejections + 1, 10)
         return True

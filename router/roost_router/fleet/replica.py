@@ -15,13 +15,20 @@ trace).
 from __future__ import annotations
 
 from enum import Enum
-from math import exp
+from math import exp, inf
 
 from roost_router.fleet.health import Health
+from roost_router.fleet.kv_release import KvRelease
 from roost_router.fleet.speed import Speed
+from roost_router.index.unseen import salt
 from roost_wire.load_report import LoadReport
 
 RECENT_S = 60.0
+#: News that is late by less is as good as fresh.
+MIN_LAG_S = 0.01
+#: The least time of a dial is forgotten by so much with each: a replica may move away.
+_DIAL_GROWTH = 1.05
+_MIN_DIAL_S = 1e-4
 #: Failed polls in a row before a replica that merely answers late counts as down.
 MAX_FAILED_POLLS = 3
 
@@ -40,6 +47,7 @@ class Replica:
     def __init__(self, name: str, url: str, holder: int) -> None:
         self.name = name
         self.url = url
+        self.salt = salt(url)
         self.holder = holder  # its current epoch in the prefix index
         self.state = ReplicaState.JOINING
         self.models: tuple[str, ...] = ()
@@ -49,13 +57,19 @@ class Replica:
         self.num_failed_polls = 0
         self.speed = Speed()
         self.health = Health()
+        self.kv_release = KvRelease()
         self.last_event_at = 0.0  # when any stream of it last showed a token
         self.dialect = ""  # which server it is, as `owned_by` in its /v1/models says
         self.queued_tokens = 0
         self.num_in_flight = 0
         self.num_decoding = 0
+        self.num_others = 0  # requests of others there, as of its last report
         self._recent_tokens = 0.0
         self._recent_at = 0.0
+        self._draining_tokens = 0.0  # of queued_tokens, taken to be left at _draining_at
+        self._draining_at = 0.0
+        self._dial_s = inf  # the least lately
+        self.news_lag_s = 0.0  # how long it takes until the router sees what happened there
 
     def __repr__(self) -> str:
         return (
@@ -72,16 +86,34 @@ class Replica:
         """Prefill work placed here, faded to `now` (seconds)."""
         return self._recent_tokens * exp(-max(0.0, now - self._recent_at) / RECENT_S)
 
-    def reserve(self, uncached_tokens: int, now: float) -> None:
+    def undrained_tokens(self, tokens_per_s: float, now: float) -> float:
+        """Of queued_tokens, what is left if they were computed at that speed since the news."""
+        elapsed_s = max(0.0, now - self._draining_at)
+        return max(0.0, self._draining_tokens - tokens_per_s * elapsed_s)
+
+    def dialled(self, took_s: float) -> None:
+        """A connection was made: there and back, so news is late by as much as dials at best take.
+
+        News of a first byte is under way for half of it, as was the request before.
+        """
+        least_s = min(took_s, self._dial_s * _DIAL_GROWTH)
+        self._dial_s = max(least_s, _MIN_DIAL_S)
+        self.news_lag_s = least_s if least_s >= MIN_LAG_S else 0.0
+
+    def reserve(self, uncached_tokens: int, tokens_per_s: float, now: float) -> None:
         """Count a request that was just placed here."""
+        self._draining_tokens = self.undrained_tokens(tokens_per_s, now) + uncached_tokens
+        self._draining_at = now
         self._recent_tokens = self.recent_uncached_tokens(now) + uncached_tokens
         self._recent_at = now
         self.queued_tokens += uncached_tokens
         self.num_in_flight += 1
 
-    def start_decoding(self, uncached_tokens: int) -> None:
-        """The first byte came: the prefill is done, a stream is running."""
+    def start_decoding(self, uncached_tokens: int, at: float) -> None:
+        """The first byte came: the prefill is done, a stream is running. `at`: when it came."""
         self.queued_tokens -= uncached_tokens
+        self._draining_tokens = self.queued_tokens
+        self._draining_at = at
         self.num_decoding += 1
 
     def release(self, uncached_tokens: int, *, decoding: bool) -> None:
@@ -90,4 +122,5 @@ class Replica:
             self.num_decoding -= 1
         else:
             self.queued_tokens -= uncached_tokens
+            self._draining_tokens = max(0.0, self._draining_tokens - uncached_tokens)
         self.num_in_flight -= 1

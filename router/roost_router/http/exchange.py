@@ -26,9 +26,11 @@ from roost_router.answer.resume import CannotResumeError
 from roost_router.errors import (
     BadRequestError,
     DeadlineError,
+    HeldTooManyError,
     NoReplicaError,
     RetryBudgetError,
     RouterError,
+    StoppedError,
     UpstreamError,
     error_body,
 )
@@ -43,6 +45,7 @@ from roost_router.http.head import (
 from roost_router.http.record import LostLeg, Outcome, RequestRecord
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
+from roost_router.policy.fair_queue import Held
 
 if TYPE_CHECKING:
     from roost_router.http.downstream import Downstream
@@ -87,6 +90,7 @@ class Exchange:
 
     # What a fresh exchange has; a default of the class costs nothing for each request.
     _placement: Placement | None = None
+    _held: Held[Exchange] | None = None  # while no replica could start it
     _first_placement: Placement | None = None  # what the client is told of
     _upstream: Upstream | None = None
     _dialling: asyncio.Task[None] | None = None
@@ -112,7 +116,7 @@ class Exchange:
         self._service = service
         self._client = client
         self._request = request
-        self._fields = fields
+        self.fields = fields
         self._request_id = service.request_id(request)
         self._started_at = now
         self._deadline = now + _timeout_s(request)
@@ -127,13 +131,35 @@ class Exchange:
 
     def start(self) -> None:
         """Place the request and send it; ends in `_finish`, `_fail`, `_cut` or `client_gone`."""
+        service = self._service
         try:
-            self._place(None)
-            self._connect()
+            taken, displaced = service.dispatcher.offer(
+                self, service.now(), self._request.head.tenant
+            )
+            if displaced is not None:
+                displaced.request.refuse(HeldTooManyError(service.dispatcher.num_held))
+            if isinstance(taken, Held):
+                self._held = taken
+                service.look_soon()
+            else:
+                self._placed(taken)
+                self._connect()
         except RouterError as error:
             self._fail(error)
         except Exception:  # noqa: BLE001
             self._defect()
+
+    @_guarded
+    def bind(self, placement: Placement) -> None:
+        """A replica can start it now: it was held until now."""
+        self._held = None
+        self._placed(placement)
+        self._connect()
+
+    @_guarded
+    def refuse(self, error: RouterError) -> None:
+        """It was held, and no replica will start it."""
+        self._fail(error)
 
     def client_gone(self) -> None:
         """The client closed: closing the replica's connection aborts its work."""
@@ -172,7 +198,9 @@ class Exchange:
         """Give up on a request whose time is up, or on a replica that has stalled."""
         if self._is_over:
             return
-        assert self._placement is not None
+        if self._placement is None:
+            self._fail(DeadlineError())
+            return
         if now < self._deadline:
             self._service.placer.fleet.failed(self._placement.replica, now, stalled=True)
             self._lost(f"the replica made no progress for {now - self._last_at:.1f} s", "stall")
@@ -182,9 +210,13 @@ class Exchange:
     @_guarded
     def stop(self) -> None:
         """The router ends before this request does: its client is told."""
-        if not self._is_over:
-            self._answer.deadline = self._service.now()
-            self._lost("the router was stopped", "stop")
+        if self._is_over:
+            return
+        if self._placement is None:
+            self._fail(StoppedError())
+            return
+        self._answer.deadline = self._service.now()
+        self._lost("the router was stopped", "stop")
 
     def _has_stalled(self, now: float) -> bool:
         placement = self._placement
@@ -193,7 +225,7 @@ class Exchange:
         replica, silent_s = placement.replica, now - self._last_at
         if silent_s < MIN_ITL_S:
             return False
-        if not self._fields.stream:  # shows nothing until it is complete
+        if not self.fields.stream:  # shows nothing until it is complete
             limit_s = inf if replica.is_up else _GONE_S
         elif self._num_events:
             usual_s = usual_gap_s(replica, self._service.placer.fleet.replicas)
@@ -297,9 +329,13 @@ class Exchange:
     # legs
 
     def _place(self, dialects: frozenset[str] | None) -> None:
-        self._placement = self._service.placer.place(
-            self._fields, self._service.now(), self._tried, dialects
+        """Choose a replica for another attempt."""
+        self._placed(
+            self._service.placer.place(self.fields, self._service.now(), self._tried, dialects)
         )
+
+    def _placed(self, placement: Placement) -> None:
+        self._placement = placement
         if self._first_placement is None or not self._has_begun:
             self._first_placement = self._placement
         if _log.isEnabledFor(logging.DEBUG):
@@ -316,7 +352,7 @@ class Exchange:
 
     async def _dial(self) -> None:
         assert self._placement is not None
-        replica = self._placement.replica
+        replica, dialled_at = self._placement.replica, self._service.now()
         try:
             upstream = await self._service.pool(replica).dial()
         except OSError as error:
@@ -327,6 +363,7 @@ class Exchange:
             self._lost(f"the replica cannot be reached: {error}", "unreachable")
         else:
             self._dialling = None
+            replica.dialled(self._service.now() - dialled_at)
             self._dialled(upstream)
 
     @_guarded
@@ -349,7 +386,7 @@ class Exchange:
             base_path=pool.base_path,
             host=pool.host,
             request_id=self._request_id,
-            is_resumable=self._fields.stream,
+            is_resumable=self.fields.stream,
             body_bytes=len(self._body),
         )
         body = self._body
@@ -372,7 +409,7 @@ class Exchange:
         """Whether a replica is left that was not tried for this request."""
         assert self._placement is not None
         tried = self._tried | {self._placement.replica.name}
-        return self._service.placer.fleet.has_fresh(self._fields.model, tried)
+        return self._service.placer.fleet.has_fresh(self.fields.model, tried)
 
     def _failed_here(self) -> None:
         assert self._placement is not None
@@ -566,8 +603,8 @@ class Exchange:
             return RetryBudgetError(answer.reason)
         if self._service.now() >= self._deadline:
             return DeadlineError()
-        if not self._service.placer.fleet.is_served(self._fields.model):
-            return NoReplicaError(self._fields.model, answer.num_attempts)
+        if not self._service.placer.fleet.is_served(self.fields.model):
+            return NoReplicaError(self.fields.model, answer.num_attempts)
         return UpstreamError(answer.reason)
 
     def _cut(self, reason: str) -> None:
@@ -584,6 +621,9 @@ class Exchange:
         assert not self._is_over
         self._is_over = True
         now, service, placement = self._service.now(), self._service, self._placement
+        if self._held is not None:
+            service.dispatcher.cancel(self._held)
+            self._held = None
         if self._dialling is not None:
             self._dialling.cancel()
         if self._waiting is not None:
@@ -593,7 +633,7 @@ class Exchange:
             self._upstream = None
         record = RequestRecord(
             self._request_id,
-            self._fields.model,
+            self.fields.model,
             self._answer,
             placement=placement,
             first=self._first_placement,

@@ -45,10 +45,13 @@ class Gate:
 
     def _judge(self, head: RequestHead) -> RequestHead:
         keys = self._access.api_keys
+        tenant = ""
         if keys is not None:
             given = get_header(head.headers, b"authorization")
-            if keys.owner(given) is None:
+            owner = keys.owner(given)
+            if owner is None:
                 raise KeyRequiredError(has_key=bool(given))
+            tenant = owner
         headers: Headers = [pair for pair in head.headers if pair[0] != b"authorization"]
         authorization = self._access.replica_authorization()
         if authorization is not None:
@@ -59,4 +62,5 @@ class Gate:
             headers,
             keep_alive=head.keep_alive,
             is_http_1_0=head.is_http_1_0,
+            tenant=tenant,
         )

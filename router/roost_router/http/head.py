@@ -89,6 +89,7 @@ class RequestHead:
         "path",
         "request_id",
         "target",
+        "tenant",
         "timeout",
     )
 
@@ -100,8 +101,11 @@ class RequestHead:
         *,
         keep_alive: bool = True,
         is_http_1_0: bool = False,
+        tenant: str = "",
     ) -> None:
+        """`tenant`: whose key it came with; "" where none is asked for."""
         self.method = method
+        self.tenant = tenant
         self.target = _origin_form(target)  # path and query
         self.path = self.target.partition(b"?")[0]
         self.headers = [pair for pair in headers if pair[0] != b"content-length"]

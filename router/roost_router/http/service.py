@@ -25,6 +25,7 @@ import msgspec
 
 from roost_router.access import Access
 from roost_router.config import RouterConfig
+from roost_router.dispatch import Dispatcher
 from roost_router.errors import (
     EncodingError,
     MethodNotAllowedError,
@@ -51,7 +52,8 @@ from roost_router.openai_request import (
     EMBEDDINGS_PATH,
     read_routing_fields,
 )
-from roost_router.placement import Placer
+from roost_router.placement import Placement, Placer
+from roost_router.policy.late_binding import LOOK_INTERVAL_S
 from roost_router.receipts import Receipts
 
 _MODELS_PATH = "/v1/models"
@@ -89,9 +91,10 @@ class DataService:
         self.limits = config
         self.rng = rng
         self.placer = placer
+        self.dispatcher: Dispatcher[Exchange] = Dispatcher(placer, rng, config.max_held)
         self.metrics = metrics
         self.receipts = Receipts()
-        self.now = now
+        self.now: Callable[[], float] = now
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False
         self._ids = RequestIds(os.urandom)
@@ -108,6 +111,7 @@ class DataService:
         self._exchanges: dict[Exchange, None] = {}
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.TimerHandle | None = None
         self._pools = {
             replica.name: UpstreamPool(replica.url, loop, config.connect_timeout_s)
             for replica in placer.fleet.replicas
@@ -143,6 +147,24 @@ class DataService:
                 _log.warning("%d more requests failed", self._num_failed - _MAX_FAILURES_LOGGED)
             self._num_failed = 0
 
+    def look_soon(self) -> None:
+        """A request is held: look every LOOK_INTERVAL_S from now on, until none is."""
+        if self._next_look is None:
+            loop = asyncio.get_running_loop()
+            self._next_look = loop.call_later(LOOK_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        self._next_look = None
+        try:
+            for exchange, taken in self.dispatcher.look(self.now()):
+                if isinstance(taken, Placement):
+                    exchange.bind(taken)
+                else:
+                    exchange.refuse(taken)
+        finally:
+            if self.dispatcher.num_held:
+                self.look_soon()
+
     def check_connections(self, now: float) -> None:
         """End connections whose clients take too long."""
         for connection in list(self._connections):
@@ -177,8 +199,9 @@ class DataService:
         await self._until_all_closed(_FLUSH_S)
         for pool in self._pools.values():
             pool.close()
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._next_look):
+            if timer is not None:
+                timer.cancel()
 
     def _close_quiet(self, idle: dict[Downstream, tuple[int, float]]) -> None:
         """Close who has been idle for _QUIET_S. `idle`: since when each is, and after how many."""

@@ -1,60 +1,117 @@
-"""Least predicted seconds to the first token, our own prefill priced. Pure.
+"""When a replica would start a request, and what that costs, in seconds. Pure.
 
-    cost_i = (queued_i + uncached_i) / prefill_i  +  decoding_i * decode_s_i
-             + PREFILL_PRICE * uncached_i / prefill_i
+    p_i     = (uncached_i - hoped_i) / prefill_i                     own prefill
+    f_i     = 1 + decoding_i * decode_s_i * prefill_i / CHUNK_TOKENS
+    w_i     = f_i * queued_i / prefill_i                             the queue before it
+    m_i     = max(0, queued_i + uncached_i - free_i) / release_i     until its KV blocks are free
+    start_i = max(w_i, m_i)
+    cost_i  = start_i + p_i * (f_i + PRICE + DECODE_WEIGHT * decoding_i)
 
-queued_i    uncached tokens placed on i and not yet computed: a hit saves our prefill, never
-            the queue before us, so it counts in full
-uncached_i  tokens of this prompt that i does not hold
-prefill_i   tokens/s, fitted (fleet/speed.py)
-decoding_i  streams running on i, each making the step that carries our tokens longer
+The first two terms are the wait of this request. PRICE is what it costs the others: a second of
+prefill keeps whoever comes next waiting, more than one of them on a busy replica. Without it the
+third sibling of a burst leaves the replica that is just computing their prefix and computes it
+again elsewhere, to save itself milliseconds.
 
-The first line is the wait of this request. The second is what it costs the others: a second of
-prefill delays whoever comes next by a second. Without the price the third sibling of a burst
-leaves the replica that is just computing their prefix and computes it again elsewhere, to save
-itself milliseconds.
+f_i is decode interference: each chunk of CHUNK_TOKENS of prefill also runs one decode step, which
+`decode_s` for each running stream makes longer. What waits in the router for i is added to start_i
+by late_binding.py.
 
-The smallest cost wins. Costs within TIE_S of the best are a tie: no user feels a millisecond,
-but always taking the first would starve the rest. Among ties the replica with the least prefill
-work lately is taken (its cache has the most room for this prompt), then one at random.
+free_i is capacity less what i reported in use. Tokens queued and already counted in that report are
+counted twice: too careful rather than too bold. m_i is 0 where i tells no capacity, where nothing
+of ours runs on i (its report is late), and for a prompt that i could never hold (its to refuse).
 
-Sources: without the price, the shape of the prototype that beat vllm-router kv_aware, Dynamo kv
-and sglang cache_aware on three traces; the price is mu of the late-binding design on an idle
-fleet, where dropping it cost 19 % of mean TTFT in simulation. Not here: late binding, memory wait,
-and the price that rises with the fleet's load (late_binding.py, priced.py).
+The smallest cost wins. Costs within TIE_S of the best are a tie: no user feels a millisecond, but
+always taking the first would starve the rest. Among ties the replica with the least prefill work
+lately is taken (its cache has the most room for this prompt), then one at random. Replicas whose
+cache is thin take few misses (slow_start.py).
+
+Sources: the shape is that of the design which docs/decisions/0004 quotes; 0018 has our own
+simulations. Rejected there: a price that rises with the share of busy replicas, up to 10, moved
+mean TTFT by 3 % at most and made four routers that share nothing worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from roost_router.policy.interface import Candidate, Decision
+from roost_router.policy.slow_start import MAX_WAIT_S, may_take_miss
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from random import Random
 
-TIE_S = 0.001
-PREFILL_PRICE = 1.0
-
-
-def cost_s(candidate: Candidate) -> float:
-    """Seconds that this request would wait on this replica, and make others wait."""
-    tokens = candidate.queued_tokens + (1.0 + PREFILL_PRICE) * candidate.uncached_tokens
-    decode_s = candidate.num_decoding * candidate.decode_s
-    return tokens / candidate.prefill_tokens_per_s + decode_s
+CHUNK_TOKENS: Final = 2048
+DECODE_WEIGHT: Final = 0.03
+PRICE: Final = 2.0
+TIE_S: Final = 0.001
 
 
 class CostPolicy:
-    """Picks the least cost, breaking ties by recent work, then at random."""
+    """Picks the least cost."""
+
+    def __init__(self, *, holds: bool = False) -> None:
+        """`holds`: requests wait in the router until a replica can start them (dispatch.py)."""
+        self.holds: Final = holds
 
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
-        """See the module; O(candidates)."""
-        costs = [cost_s(candidate) for candidate in candidates]
-        return Decision(pick_least(candidates, costs, rng), costs)
+        """For a request that goes out at once. O(candidates)."""
+        return self.pick_behind(candidates, rng, _nothing)[0]
+
+    def pick_behind(
+        self, candidates: Sequence[Candidate], rng: Random, waiting_s: Callable[[str], float]
+    ) -> tuple[Decision, float]:
+        """The cheapest candidate, and the seconds until it would start this request.
+
+        `waiting_s`: by name of a replica, prefill that waits in the router for it and goes first:
+        it is in the cost, but not in when this one would start, for there it is not. O(candidates).
+        """
+        starts = [start_s(candidate) for candidate in candidates]
+        costs = []
+        for candidate, starts_s in zip(candidates, starts, strict=True):
+            ahead_s = interference(candidate) * waiting_s(candidate.name)
+            costs.append(cost_s(candidate, starts_s + ahead_s))
+        chosen = _pick_least(candidates, costs, rng)
+        if candidates[chosen].is_thin:
+            chosen = _pick_fuller(candidates, costs, chosen, rng)
+        return Decision(chosen, costs), starts[chosen]
 
 
-def pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Random) -> int:
+def prefill_s(candidate: Candidate) -> float:
+    """p_i: seconds that the uncached tokens take, with nothing else running."""
+    return (candidate.uncached_tokens - candidate.hoped_tokens) / candidate.prefill_tokens_per_s
+
+
+def interference(candidate: Candidate) -> float:
+    """f_i: how many times as long prefill takes beside the streams that are running."""
+    decode_s = candidate.num_decoding * candidate.decode_s
+    return 1.0 + decode_s * candidate.prefill_tokens_per_s / CHUNK_TOKENS
+
+
+def queue_s(candidate: Candidate) -> float:
+    """w_i: seconds until the prefill that is queued there is done."""
+    return interference(candidate) * candidate.queued_tokens / candidate.prefill_tokens_per_s
+
+
+def start_s(candidate: Candidate) -> float:
+    """Seconds until the replica starts this request: its queue, and room in its KV cache."""
+    waits_s = queue_s(candidate)
+    capacity = candidate.kv_capacity_tokens
+    release = candidate.kv_release_tokens_per_s
+    if not candidate.num_in_flight or not release or candidate.prompt_tokens > capacity:
+        return waits_s
+    free = capacity * (1.0 - candidate.kv_usage)
+    short = candidate.queued_tokens + candidate.uncached_tokens - free
+    return max(waits_s, short / release)
+
+
+def cost_s(candidate: Candidate, starts_s: float) -> float:
+    """Seconds that the request waits there, and that it makes others wait."""
+    factor = interference(candidate) + PRICE + DECODE_WEIGHT * candidate.num_decoding
+    return starts_s + prefill_s(candidate) * factor
+
+
+def _pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Random) -> int:
     """Index of the least cost; among ties the least work lately, then one at random."""
     limit = min(costs_s) + TIE_S
     tied = [i for i, cost in enumerate(costs_s) if cost <= limit]
@@ -64,3 +121,22 @@ def pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Rando
     least = min(recent)
     best = [i for i in tied if candidates[i].recent_uncached_tokens <= least]
     return best[0] if len(best) == 1 else rng.choice(best)
+
+
+def _pick_fuller(
+    candidates: Sequence[Candidate], costs_s: list[float], chosen: int, rng: Random
+) -> int:
+    """Instead of a replica with a thin cache, one without, where slow_start.py says so."""
+    most_matched = max([candidate.matched_tokens for candidate in candidates])
+    if 2 * most_matched >= candidates[0].prompt_tokens or may_take_miss(rng):
+        return chosen
+    fuller = [i for i, candidate in enumerate(candidates) if not candidate.is_thin]
+    if not fuller:
+        return chosen
+    costs = [costs_s[i] for i in fuller]
+    second = fuller[_pick_least([candidates[i] for i in fuller], costs, rng)]
+    return second if costs_s[second] - costs_s[chosen] <= MAX_WAIT_S else chosen
+
+
+def _nothing(_: str) -> float:
+    return 0.0

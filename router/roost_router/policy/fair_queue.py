@@ -43,7 +43,6 @@ class Held(Generic[Request]):
         request: Request,
         tenant: str,
         held_at: float,
-        deadline_at: float | None,
         prefill_s: float,
         replica: str,
         number: int,
@@ -51,20 +50,15 @@ class Held(Generic[Request]):
         self.request: Final = request
         self.tenant: Final = tenant
         self.held_at: Final = held_at  # seconds, monotonic
-        self.deadline_at: Final = deadline_at  # likewise; None: it waits as long as it takes
         self.number: Final = number  # by arrival
         self.replica = replica  # the best, as of the last look
         self.prefill_s = prefill_s  # there
-        self.is_held = True  # neither bound, cancelled nor dropped yet
+        self.is_held = True  # neither bound nor cancelled yet
 
     @property
     def order(self) -> float:
         """Less comes first."""
         return self.prefill_s + AGEING * self.held_at
-
-    def is_late(self, now: float) -> bool:
-        """Whether its deadline is over."""
-        return self.deadline_at is not None and self.deadline_at <= now
 
 
 class _Line(Generic[Request]):
@@ -106,14 +100,13 @@ class FairQueue(Generic[Request]):
         least = min(line.served_s for line in self._lines.values() if line.entries)
         return self._served_s(tenant) <= least
 
-    def add(  # noqa: PLR0917
+    def add(
         self,
         request: Request,
         tenant: str,
         prefill_s: float,
         replica: str,
         now: float,
-        deadline_at: float | None = None,
     ) -> tuple[Held[Request] | None, Held[Request] | None]:
         """Hold a request. Returns its handle, and who had to make room for it.
 
@@ -129,7 +122,7 @@ class FairQueue(Generic[Request]):
             displaced = fullest.entries[-1][2]
         line = self._line(tenant)
         self._num_ever += 1
-        held = Held(request, tenant, now, deadline_at, prefill_s, replica, self._num_ever)
+        held = Held(request, tenant, now, prefill_s, replica, self._num_ever)
         self._enter(line.entries, held)
         self._num_held += 1
         if displaced is not None:

@@ -31,6 +31,9 @@ class Candidate:
         num_in_flight: int = 0,
         kv_usage: float = 0.0,
         kv_capacity_tokens: int = 0,
+        kv_release_tokens_per_s: float = 0.0,
+        hoped_tokens: float = 0.0,
+        is_thin: bool = False,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
@@ -47,6 +50,11 @@ class Candidate:
         self.num_in_flight: Final = num_in_flight
         self.kv_usage: Final = kv_usage  # share of its KV blocks in use, as of its last report
         self.kv_capacity_tokens: Final = kv_capacity_tokens  # 0 where it does not tell
+        #: How fast requests that end free KV; positive where the capacity is known.
+        self.kv_release_tokens_per_s: Final = kv_release_tokens_per_s
+        #: Of uncached_tokens, expected in its cache after all (index/unseen.py).
+        self.hoped_tokens: Final = hoped_tokens
+        self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
         self.prompt_key: Final = prompt_key
 

@@ -1,15 +1,14 @@
 """Late binding: a request is given to a replica only when one can start it soon. Pure.
 
-    offer     the cheapest replica (priced.py) would start it within hold_s: bound; else held
+    offer     the cheapest replica (cost.py) would start it within hold_s: bound; else held
     look      up to MAX_LOOKS held ones are decided again, in fair order (fair_queue.py), with what
               is true by now: the prefix may have arrived somewhere, a queue may have gone
-    cancel    the client left
-    dropped   whose deadline is over, and who had to make room
+    cancel    the client left, or its time is up
 
 A queue in a replica is final, and blind to what comes later; the same queue here is not. Whoever
-drives it (the router, or a simulator with its own clock) looks when work on a replica is released
-and every LOOK_INTERVAL_S, and places what is bound before it asks for the next: each decision
-is made on candidates as they are then.
+drives it (dispatch.py) looks every LOOK_INTERVAL_S while anything is held, and places what is bound
+before it asks for the next: each decision is made on candidates as they are then. A look ends where
+every replica has more than hold_s of queue: nothing can start.
 
 A newcomer that could start at once waits for the next look all the same where a tenant that holds
 requests was served less: else a flood would take each place that becomes free.
@@ -23,22 +22,21 @@ wait for the one that holds a hot prefix, and the others idle.
 One object serves requests that have the same replicas to choose from: one for each model.
 
 Source: the simulations that docs/decisions/0004 quotes: mean TTFT is 1.67 times as long without
-late binding; hold_s from 0.05 to 0.4 made no difference beyond 3 %.
+late binding; hold_s from 0.05 to 0.4 made no difference beyond 3 %. Rejected: a look at each first
+token and each end as well, at which work is released: 20 ms sooner for some, and at saturation
+thousands of looks a second.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Final, Generic
 
-from roost_router.policy.cost import pick_least
+from roost_router.policy.cost import CostPolicy, prefill_s, queue_s
 from roost_router.policy.fair_queue import MAX_HELD, FairQueue, Held, Request
 from roost_router.policy.interface import Candidate, Decision
-from roost_router.policy.kv_release import KvRelease
-from roost_router.policy.priced import Price, cost_s, interference, prefill_s, start_s
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from random import Random
 
 HOLD_S: Final = 0.15
@@ -49,100 +47,81 @@ MAX_LOOKS: Final = 32
 class LateBinding(Generic[Request]):
     """The router's own queue before its replicas."""
 
-    def __init__(self, hold_s: float = HOLD_S, max_held: int = MAX_HELD) -> None:
+    def __init__(
+        self, policy: CostPolicy, hold_s: float = HOLD_S, max_held: int = MAX_HELD
+    ) -> None:
         self.queue: FairQueue[Request] = FairQueue(max_held)
-        self.price = Price()
-        self._hold_s = hold_s
-        self._releases = KvRelease()
-        self._displaced: list[Held[Request]] = []
+        self._policy: Final = policy
+        self._hold_s: Final = hold_s
 
-    def offer(  # noqa: PLR0917
+    def offer(
         self,
         request: Request,
         candidates: Sequence[Candidate],
         now: float,
         rng: Random,
         tenant: str = "",
-        deadline_at: float | None = None,
-    ) -> Decision | Held[Request] | None:
+    ) -> tuple[Decision | Held[Request] | None, Held[Request] | None]:
         """Bind a request that just came to one of `candidates` (at least one), or hold it.
 
-        None where the queue is full and `tenant` has its share of it: the request is to be refused,
-        it may come again later. `deadline_at`: seconds, monotonic. O(candidates), and O(tenants)
-        while anything is held.
+        Returns what became of it, and who had to make room for it, if anybody. None where the queue
+        is full and `tenant` has its share of it: the request is to be refused, it may come again
+        later. O(candidates), and O(tenants) while anything is held.
         """
-        decision, starts_s = self._decide(candidates, now, rng, self.queue.waiting_s)
+        decision, starts_s = self._policy.pick_behind(candidates, rng, self.queue.waiting_s)
         best = candidates[decision.chosen]
         own_s = prefill_s(best)
         if starts_s <= self._hold_s and self.queue.may_pass(tenant):
             self.queue.served(tenant, own_s)
-            return decision
-        held, displaced = self.queue.add(request, tenant, own_s, best.name, now, deadline_at)
-        if displaced is not None:
-            self._displaced.append(displaced)
-        return held
+            return decision, None
+        return self.queue.add(request, tenant, own_s, best.name, now)
 
-    def look(
-        self, now: float, rng: Random, candidates_of: Callable[[Request], Sequence[Candidate]]
-    ) -> Iterator[tuple[Held[Request], Decision]]:
-        """Yield what can start now, each with its decision among `candidates_of(request)`.
-
-        Place each before taking the next, so that it is among the others' load. A request without
-        candidates stays; late ones are not bound any more. O(MAX_LOOKS * candidates).
-        """
-        ahead_s: defaultdict[str, float] = defaultdict(float)  # by replica that it waits for
-        for held in self.queue.first(MAX_LOOKS):
-            if not held.is_held or held.is_late(now):  # cancelled meanwhile
-                continue
-            candidates = candidates_of(held.request)
-            if not candidates:
-                continue
-            decision, starts_s = self._decide(candidates, now, rng, ahead_s.__getitem__)
-            best = candidates[decision.chosen]
-            own_s = prefill_s(best)
-            if starts_s > self._hold_s:
-                self.queue.reorder(held, own_s, best.name)
-                ahead_s[best.name] += own_s
-                continue
-            self.queue.served(held.tenant, own_s)
-            self.queue.remove(held)
-            yield held, decision
+    def look(self, rng: Random) -> Look[Request]:
+        """Decide held requests again; see Look."""
+        return Look(self.queue, self._policy, self._hold_s, rng)
 
     def cancel(self, held: Held[Request]) -> None:
-        """Its client left. Idempotent."""
+        """Take one out. Idempotent."""
         self.queue.remove(held)
 
-    def dropped(self, now: float) -> list[Held[Request]]:
-        """Take out those whose deadline is over; with them who made room for others. O(held)."""
-        late = [held for held in self.queue.held() if held.is_late(now)]
-        for held in late:
-            self.queue.remove(held)
-        dropped, self._displaced = self._displaced + late, []
-        return dropped
 
-    def released(self, name: str, tokens: int, now: float) -> None:
-        """A request that held `tokens` of KV (prompt and answer) left the replica `name`."""
-        self._releases.released(name, tokens, now)
+class Look(Generic[Request]):
+    """One look at what is held.
 
-    def _decide(
+    For each of `requests` ask `decide`, and place it before taking the next, so that it is among
+    the others' load. Stop where `is_over`.
+    """
+
+    def __init__(
         self,
-        candidates: Sequence[Candidate],
-        now: float,
+        queue: FairQueue[Request],
+        policy: CostPolicy,
+        hold_s: float,
         rng: Random,
-        waiting_s: Callable[[str], float],
-    ) -> tuple[Decision, float]:
-        """The cheapest candidate, and the seconds until it would start.
+    ) -> None:
+        self.requests: Final = queue.first(MAX_LOOKS)
+        self.is_over = False  # every replica has a queue: nothing can start
+        self._queue: Final = queue
+        self._policy: Final = policy
+        self._hold_s: Final = hold_s
+        self._rng: Final = rng
+        self._ahead_s: Final[dict[str, float]] = {}  # by replica that it waits for
 
-        `waiting_s`: by name of a replica, prefill that waits here for it and goes first.
-        """
-        num_busy = sum(c.queued_tokens > 0 for c in candidates)
-        self.price.observe(num_busy / len(candidates), now)
-        price = self.price.value
-        rate = self._releases.tokens_per_s
-        starts = [start_s(c, rate(c.name, c.kv_capacity_tokens, now)) for c in candidates]
-        costs = [
-            cost_s(c, start + interference(c) * waiting_s(c.name), price)
-            for c, start in zip(candidates, starts, strict=True)
-        ]
-        chosen = pick_least(candidates, costs, rng)
-        return Decision(chosen, costs), starts[chosen]
+    def decide(self, held: Held[Request], candidates: Sequence[Candidate]) -> Decision | None:
+        """Where a held request goes, which is held no more; None: it waits on. O(candidates)."""
+        if min([queue_s(candidate) for candidate in candidates]) > self._hold_s:
+            self.is_over = True
+            return None
+        decision, starts_s = self._policy.pick_behind(candidates, self._rng, self._waiting_s)
+        best = candidates[decision.chosen]
+        own_s = prefill_s(best)
+        if starts_s > self._hold_s:
+            self._queue.reorder(held, own_s, best.name)
+            self._ahead_s[best.name] = self._waiting_s(best.name) + own_s
+            return None
+        self._queue.served(held.tenant, own_s)
+        self._queue.remove(held)
+        return decision
+
+    def _waiting_s(self, replica: str) -> float:
+        return self._ahead_s.get(replica, 0.0)

@@ -8,6 +8,7 @@ Each call makes a new object: what a policy keeps (a turn, a ring) is one router
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
     from roost_router.policy.interface import Policy
 
-DEFAULT_POLICY: Final = "cost"
+DEFAULT_POLICY: Final = "late-binding"
 _MAKERS: Final[dict[str, Callable[[], Policy]]] = {
-    DEFAULT_POLICY: CostPolicy,
+    DEFAULT_POLICY: partial(CostPolicy, holds=True),
+    "cost": CostPolicy,
     "aibrix": PrefixCache,
     "chwbl": BoundedHashing,
     "dynamo": DynamoCost,
