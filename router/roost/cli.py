@@ -73,7 +73,7 @@ def main(verbose: bool) -> None:
 )
 @click.option(
     "--max-held",
-    type=click.IntRange(0),
+    type=click.IntRange(1),
     default=4096,
     help="Requests of each model that wait for a replica that can start them; beyond: 503.",
 )

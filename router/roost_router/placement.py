@@ -238,6 +238,7 @@ class Placer:
                     prompt_key=fields.prompt_key,
                     hoped_tokens=hoped_tokens,
                     is_thin=is_thin[number],
+                    is_speed_known=speed.num_observed > 0,
                 )
             )
         return Options(fields, replicas, candidates, depths, kinds)

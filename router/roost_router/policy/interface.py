@@ -34,6 +34,7 @@ class Candidate:
         kv_release_tokens_per_s: float = 0.0,
         hoped_tokens: float = 0.0,
         is_thin: bool = False,
+        is_speed_known: bool = True,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
@@ -54,6 +55,7 @@ class Candidate:
         self.kv_release_tokens_per_s: Final = kv_release_tokens_per_s
         #: Of uncached_tokens, expected in its cache after all (index/unseen.py).
         self.hoped_tokens: Final = hoped_tokens
+        self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
         self.prompt_key: Final = prompt_key

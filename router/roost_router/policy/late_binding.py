@@ -10,6 +10,10 @@ drives it (dispatch.py) looks every LOOK_INTERVAL_S while anything is held, and 
 before it asks for the next: each decision is made on candidates as they are then. A look ends where
 every replica has more than hold_s of queue: nothing can start.
 
+Nothing is held for a replica that has not shown a first token yet (one whose answers are never
+streamed never does): how long its queue is in seconds would be a guess, and a wrong one would keep
+it idle.
+
 A newcomer that could start at once waits for the next look all the same where a tenant that holds
 requests was served less: else a flood would take each place that becomes free.
 
@@ -71,7 +75,7 @@ class LateBinding(Generic[Request]):
         decision, starts_s = self._policy.pick_behind(candidates, rng, self.queue.waiting_s)
         best = candidates[decision.chosen]
         own_s = prefill_s(best)
-        if starts_s <= self._hold_s and self.queue.may_pass(tenant):
+        if _starts_soon(best, starts_s, self._hold_s) and self.queue.may_pass(tenant):
             self.queue.served(tenant, own_s)
             return decision, None
         return self.queue.add(request, tenant, own_s, best.name, now)
@@ -109,13 +113,13 @@ class Look(Generic[Request]):
 
     def decide(self, held: Held[Request], candidates: Sequence[Candidate]) -> Decision | None:
         """Where a held request goes, which is held no more; None: it waits on. O(candidates)."""
-        if min([queue_s(candidate) for candidate in candidates]) > self._hold_s:
+        if not any(_is_open(candidate, self._hold_s) for candidate in candidates):
             self.is_over = True
             return None
         decision, starts_s = self._policy.pick_behind(candidates, self._rng, self._waiting_s)
         best = candidates[decision.chosen]
         own_s = prefill_s(best)
-        if starts_s > self._hold_s:
+        if not _starts_soon(best, starts_s, self._hold_s):
             self._queue.reorder(held, own_s, best.name)
             self._ahead_s[best.name] = self._waiting_s(best.name) + own_s
             return None
@@ -125,3 +129,11 @@ class Look(Generic[Request]):
 
     def _waiting_s(self, replica: str) -> float:
         return self._ahead_s.get(replica, 0.0)
+
+
+def _is_open(candidate: Candidate, hold_s: float) -> bool:
+    return queue_s(candidate) <= hold_s or not candidate.is_speed_known
+
+
+def _starts_soon(best: Candidate, starts_s: float, hold_s: float) -> bool:
+    return starts_s <= hold_s or not best.is_speed_known
