@@ -45,6 +45,7 @@ $(COMPILED)/.done: $(shell find router -name '*.py') .venv/.dev deploy/compile_r
 	@echo "compiling the router's data path, as an install does"
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(COMPILED) build/wheel/*.whl
+	@! command -v cc >/dev/null || $(IN_COMPILED) $(BIN)/python -c "from roost_router.compiled import is_compiled; assert is_compiled(), 'the data path did not compile'"
 	@cd $(COMPILED) && rm -r roost_engine roost_kernels roost_loadtest && touch .done  # the tree's own serve
 
 compiled: $(COMPILED)/.done ## Make build/compiled: the router as an install has it

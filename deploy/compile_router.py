@@ -46,7 +46,8 @@ class CompileRouter(BuildHookInterface[Any]):
         try:
             built = self._compile()
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
+            parts = [getattr(error, part, None) or "" for part in ("stdout", "stderr")]
+            said = "\n".join(parts).strip() or str(error)
             reason = "\n".join(said.strip().splitlines()[-_REASON_LINES:])
             self.app.display_warning(f"the router is not compiled, and costs more CPU: {reason}")
             return

@@ -55,6 +55,12 @@ NEUTRAL_VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
     "add_generation_prompt": (True,),
+    # What sglang-router and vllm-router add to each body.
+    "no_stop_trim": (False,),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "include_reasoning": (True, False),
+    "return_hidden_states": (False,),
     "continue_final_message": (False,),
     "chat_template": (),
     "chat_template_kwargs": ({},),

@@ -26,6 +26,8 @@ Invariants: each stream gets exactly one end (a finish reason or an error); ever
 is an object of its own, since a traceback keeps alive what its frames held; `submit`, `abort`,
 `stop` and TokenStream are used from the event loop only.
 
+KV events that are due after a step go to the event loop as tokens do; see kv_teller.py.
+
 Not here: what a step holds (scheduler.py), text (frontend.py), HTTP (server.py).
 """
 
@@ -52,6 +54,7 @@ from roost_engine.engine_errors import (
     LogitsError,
 )
 from roost_engine.interruption import Interruption, StepInterruptedError
+from roost_engine.kv_teller import HEARTBEAT_S
 from roost_engine.logits import token_logprobs
 from roost_engine.request import FinishReason, Request, TokenLogprobs
 from roost_engine.retry_after import EndRate
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from roost_engine.batch import BlockCopy, Chunk
+    from roost_engine.kv_teller import KvTeller
     from roost_engine.sampling import Draw, RowEdit
     from roost_engine.scheduler import Scheduler, Step
 
@@ -110,15 +114,18 @@ class EngineCore:
         runner: Runner,
         copy_blocks: Callable[[Sequence[BlockCopy]], None] | None = None,
         draw: Draw = sample_plain,
+        kv_teller: KvTeller | None = None,
     ) -> None:
         """`copy_blocks` executes orders of a host tier, in their order; None: there is no tier.
 
-        `draw` draws tokens from final rows of logits.
+        `draw` draws tokens from final rows of logits. `kv_teller` has the log of the scheduler's
+        pool; its listeners are called on the event loop.
         """
         self.scheduler = scheduler
         self._runner = runner
         self._copy_blocks = copy_blocks
         self._draw = draw
+        self._kv_teller = kv_teller
         self._streams: dict[str, TokenStream] = {}  # event loop only
         self._ends = EndRate()  # event loop only
         self._wake = threading.Condition()
@@ -126,6 +133,7 @@ class EngineCore:
         self._interrupt = runner.interrupt if isinstance(runner, Interruptible) else None
         self._interruption = Interruption()  # under _wake
         self._should_stop = False  # under _wake
+        self._is_kv_due = False  # under _wake; somebody asked for a snapshot
         self._failure: str | None = None  # event loop only; what the step raised
         self._is_dead = asyncio.Event()
         self._is_draining = False  # event loop only
@@ -217,6 +225,14 @@ class EngineCore:
             self._note_end()
             self._send(request_id)
 
+    def ask_kv_snapshot(self) -> None:
+        """Have the teller tell all blocks that are resident, soon."""
+        assert self._kv_teller is not None
+        with self._wake:
+            self._kv_teller.ask_snapshot()
+            self._is_kv_due = True
+            self._wake.notify()
+
     async def wait_until_dead(self) -> None:
         """Return once a step has raised; `stop` does not count."""
         await self._is_dead.wait()
@@ -290,6 +306,7 @@ class EngineCore:
         try:
             while self._take_inbox():
                 self._step()
+                self._tell_kv()
         except BaseException as error:  # noqa: BLE001
             # Thread boundary: whatever it was, its state cannot be trusted any more, and the
             # requests must hear of it instead of waiting for ever.
@@ -299,8 +316,13 @@ class EngineCore:
     def _take_inbox(self) -> bool:
         """Apply submissions and aborts; sleep while there is nothing to do; False: stop."""
         with self._wake:
-            while not (self._inbox or self._should_stop or self.scheduler.has_work):
-                self._wake.wait()
+            while not (
+                self._inbox or self._should_stop or self._is_kv_due or self.scheduler.has_work
+            ):
+                # Without followers it sleeps until it is woken.
+                if not self._wake.wait(HEARTBEAT_S if self._kv_teller is not None else None):
+                    break
+            self._is_kv_due = False
             messages, self._inbox = self._inbox, deque()
             if self._should_stop:
                 return False
@@ -341,6 +363,11 @@ class EngineCore:
         if outputs:
             sampled = [_Sampled(output, logprobs.get(output.request.id)) for output in outputs]
             self._call_loop(self._deliver, sampled)
+
+    def _tell_kv(self) -> None:
+        if self._kv_teller is not None:
+            for listener, batch in self._kv_teller.due(self.scheduler.pool, time.monotonic()):
+                self._call_loop(listener, batch)
 
     def _compute(self, step: Step) -> npt.NDArray[np.float32] | None:
         """Logits of the step; None if it was interrupted."""

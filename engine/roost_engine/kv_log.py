@@ -2,10 +2,10 @@
 
     pool --on_event--> append ... append --drain, once a step--> batch 0, batch 1, ...
 
-A follower that joins late, or has lost a batch, takes a snapshot and goes on with the batch whose
-number the snapshot carries.
+A follower that joins late, or has lost a batch, takes a snapshot in place of the batch whose number
+it carries, the last one, and of all before it.
 
-Not here: sending and keeping batches, peers' encodings.
+Not here: when to drain (kv_teller.py), sending and keeping batches (kv_publisher.py), encodings.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class KvEventLog:
         self._events: list[KvEvent] = []
         self._num_batches = 0
 
+    @property
+    def has_events(self) -> bool:
+        """Whether the next batch is more than a heartbeat."""
+        return bool(self._events)
+
     def append(self, event: KvEvent) -> None:
         """Take an event in; to be given to the pool as `on_event`."""
         self._events.append(event)
@@ -34,22 +39,23 @@ class KvEventLog:
     def drain(self, pool: BlockPool) -> KvEventBatch:
         """The next batch: all events since the last one. Without events it is a heartbeat."""
         events, self._events = merge_events(self._events), []
-        batch = self._batch(pool, events)
         self._num_batches += 1
-        return batch
+        return self._batch(pool, events)
 
     def snapshot(self, pool: BlockPool) -> KvEventBatch:
-        """What is resident, as a batch to be read before the next one, whose number it has.
+        """What is resident, as a batch to be read in place of the last one, whose number it has.
 
-        O(cached blocks). Everything that happened must have been drained.
+        O(cached blocks). Something must have been drained, and everything that happened.
         """
+        assert self._num_batches, "there is no batch in whose place it could be read"
         assert not self._events, "a snapshot would tell these events twice"
         return self._batch(pool, [AllBlocksCleared(), *merge_events(pool.snapshot())])
 
     def _batch(self, pool: BlockPool, events: list[KvEvent]) -> KvEventBatch:
         return KvEventBatch(
+            rank=0,  # Dynamo drops batches without one
             epoch=self.epoch,
-            sequence=self._num_batches,
+            sequence=self._num_batches - 1,
             events=events,
             device_digest=pool.digest(Tier.DEVICE),
             host_digest=pool.digest(Tier.HOST),

@@ -15,13 +15,15 @@ Not here: command line (roost.cli), what any part does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
@@ -41,6 +43,8 @@ from roost_engine.core import EngineCore
 from roost_engine.device import DeviceError
 from roost_engine.engine_errors import EngineDeadError
 from roost_engine.frontend import Frontend
+from roost_engine.kv_log import KvEventLog
+from roost_engine.kv_teller import KvTeller
 from roost_engine.loader import ModelFileError, load_model
 from roost_engine.memory import usable_memory_bytes
 from roost_engine.metrics import EngineMetrics
@@ -48,6 +52,9 @@ from roost_engine.native_runner import WeightFormat
 from roost_engine.parallel_plan import ParallelPlan
 from roost_engine.scheduler import Scheduler
 from roost_engine.server import build_app, build_runner
+
+if TYPE_CHECKING:
+    from roost_engine.kv_publisher import KvPublisher
 
 _DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -73,6 +80,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 1024  # beyond it 429
     served_model_name: str | None = None  # None: the model's own
     grace_s: float = 30.0  # how long running requests may finish after SIGTERM
+    kv_events_endpoint: str | None = None  # of ZeroMQ, e.g. tcp://*:5557; None: nothing is told
+    kv_events_replay_endpoint: str | None = None
+    kv_events_topic: str = ""
     lifeline_fd: int | None = None  # stop when this pipe reaches its end: the parent died
 
 
@@ -90,13 +100,14 @@ async def serve(config: ServeConfig) -> None:
     if config.lifeline_fd is not None:
         _stop_on_end_of(config.lifeline_fd, stop)
     try:
-        with _bind(config.host, config.port) as listener:
-            replica = await asyncio.to_thread(build_replica, config)
-            try:
-                if not stop.is_set():
-                    await _run(replica, listener, stop, config.grace_s)
-            finally:
-                replica.close()
+        async with _publisher(config) as publisher:
+            with _bind(config.host, config.port) as listener:
+                replica = await asyncio.to_thread(build_replica, config)
+                try:
+                    if not stop.is_set():
+                        await _run(replica, listener, stop, config.grace_s, publisher)
+                finally:
+                    replica.close()
     except (ServeError, ModelFileError, EngineDeadError) as error:
         sys.stderr.write(f"roost engine: {error}\n")
         raise SystemExit(1) from None
@@ -108,6 +119,7 @@ class Replica(msgspec.Struct, frozen=True):
     frontend: Frontend
     kv_cache_bytes: int
     computes_with: str
+    kv_teller: KvTeller | None = None  # of the core; None: nobody is told
     close: Callable[[], None] = lambda: None  # once the core has stopped
 
 
@@ -146,9 +158,16 @@ def build_replica(config: ServeConfig) -> Replica:
         raise ServeError(str(error)) from None
     # The first step is slower than the next ones; no client should pay for it.
     backend.runner.forward([Chunk(token_ids=[0], start=0, block_table=[0], wants_logits=True)])
-    pool = BlockPool(cache.num_blocks, cache.block_size, num_host_blocks=cache.num_host_blocks)
+    log = KvEventLog(epoch=secrets.randbits(63)) if config.kv_events_endpoint else None
+    pool = BlockPool(
+        cache.num_blocks,
+        cache.block_size,
+        num_host_blocks=cache.num_host_blocks,
+        on_event=log.append if log is not None else None,
+    )
+    teller = KvTeller(log) if log is not None else None
     scheduler = Scheduler(limits, pool, model.config.eos_token_ids)
-    core = EngineCore(scheduler, backend.runner, backend.copy_blocks, backend.draw)
+    core = EngineCore(scheduler, backend.runner, backend.copy_blocks, backend.draw, teller)
     # A full collection would visit each block of the pool: 55 ms in which no token is computed.
     gc.collect()
     gc.freeze()
@@ -161,7 +180,7 @@ def build_replica(config: ServeConfig) -> Replica:
         core=core,
         metrics=EngineMetrics(name, core),
     )
-    return Replica(frontend, kv_cache_bytes, backend.description, backend.close)
+    return Replica(frontend, kv_cache_bytes, backend.description, teller, backend.close)
 
 
 def _limits(config: ServeConfig, model: ModelConfig) -> tuple[CacheConfig, SchedulerConfig]:
@@ -207,13 +226,52 @@ def _gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB"
 
 
+@contextlib.asynccontextmanager
+async def _publisher(config: ServeConfig) -> AsyncIterator[KvPublisher | None]:
+    """What tells KV events, its endpoints bound; None: nobody asked for it. ServeError."""
+    if config.kv_events_endpoint is None:
+        if config.kv_events_replay_endpoint is not None:
+            raise ServeError(
+                "--kv-events-replay-endpoint repeats what --kv-events-endpoint tells: give both"
+            )
+        yield None
+        return
+    # ZeroMQ takes 50 ms to import: those who publish nothing do not pay.
+    from roost_engine.kv_publisher import KvPublisher, KvPublisherError  # noqa: PLC0415
+
+    try:
+        publisher = KvPublisher(
+            config.kv_events_endpoint, config.kv_events_replay_endpoint, config.kv_events_topic
+        )
+    except KvPublisherError as error:
+        raise ServeError(str(error)) from None
+    try:
+        yield publisher
+    finally:
+        await publisher.close()
+
+
+def follow_kv_events(replica: Replica, publisher: KvPublisher) -> bytes:
+    """Have the publisher hear of the replica's blocks; what /kv_event_sources says of it."""
+    core, teller = replica.frontend.core, replica.kv_teller
+    assert teller is not None
+    teller.on_batch, teller.on_snapshot = publisher.publish, publisher.take_snapshot
+    publisher.start(core.ask_kv_snapshot)
+    return msgspec.json.encode([publisher.source(core.scheduler.pool.block_size)])
+
+
 async def _run(
-    replica: Replica, listener: socket.socket, stop: asyncio.Event, grace_s: float
+    replica: Replica,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    grace_s: float,
+    publisher: KvPublisher | None,
 ) -> None:
     """Serve until `stop` is set. EngineDeadError if the engine dies, then or before."""
     core = replica.frontend.core
+    kv_sources = b"[]" if publisher is None else follow_kv_events(replica, publisher)
     core.start()
-    runner = build_runner(build_app(replica.frontend))
+    runner = build_runner(build_app(replica.frontend, kv_sources))
     await runner.setup()
     site = web.SockSite(runner, listener)
     await site.start()

@@ -1,7 +1,8 @@
 """HTTP shell of a replica: OpenAI's endpoints, health and metrics. Decides nothing.
 
     POST /v1/chat/completions, /v1/completions    GET /v1/models, /v1/models/{id}
-    POST /tokenize, /detokenize                   GET /health, /metrics, /version
+    POST /tokenize, /detokenize                   GET /health, /metrics, /version,
+                                                      /kv_event_sources
     POST /v1/embeddings                           400: this engine has no embeddings; not 501,
                                                   which the openai SDK would send again
 
@@ -74,13 +75,16 @@ _DEFECT: Final = "Internal error of the replica."
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(frontend: Frontend) -> web.Application:
-    """The application that serves one model."""
+def build_app(frontend: Frontend, kv_sources: bytes = b"[]") -> web.Application:
+    """The application that serves one model.
+
+    `kv_sources`: where KV events are published, as JSON; as vLLM's /kv_event_sources.
+    """
     app = web.Application(
         middlewares=[_name_request, _answer_errors_in_json], client_max_size=MAX_BODY_BYTES
     )
     app.on_response_prepare.append(_on_head)
-    endpoints = _Endpoints(frontend)
+    endpoints = _Endpoints(frontend, kv_sources)
     app.add_routes(
         [
             web.post("/v1/chat/completions", endpoints.chat),
@@ -93,6 +97,7 @@ def build_app(frontend: Frontend) -> web.Application:
             web.get("/health", endpoints.health),
             web.get("/metrics", endpoints.metrics),
             web.get("/version", endpoints.version),
+            web.get("/kv_event_sources", endpoints.kv_event_sources),
         ]
     )
     return app
@@ -112,8 +117,9 @@ def build_runner(app: web.Application, *, shutdown_timeout_s: float = 2.0) -> we
 class _Endpoints:
     """One method for each route."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, kv_sources: bytes) -> None:
         self._frontend = frontend
+        self._kv_sources = kv_sources
         self._created = _unix_time()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -162,6 +168,9 @@ class _Endpoints:
 
     async def version(self, _request: web.Request) -> web.Response:
         return _json(msgspec.json.encode({"version": version("roost")}))
+
+    async def kv_event_sources(self, _request: web.Request) -> web.Response:
+        return _json(self._kv_sources)
 
     async def _generate(self, request: web.Request, asked: ApiRequest) -> web.StreamResponse:
         # The id inside the engine is our own: clients may send one id twice.

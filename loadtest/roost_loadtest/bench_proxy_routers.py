@@ -99,6 +99,20 @@ def start(
     port, admin_port = free_port(), free_port()
     urls = [f"http://127.0.0.1:{replica}" for replica in replicas]
     command = _command(kind, port, admin_port, urls, folder)
+    return start_command(kind, command, (port, admin_port), probe, core=core, folder=folder)
+
+
+def start_command(
+    kind: RouterKind,
+    command: list[str],
+    ports: tuple[int, int],
+    probe: bytes,
+    *,
+    folder: Path,
+    core: int | None = None,
+) -> Start:
+    """As `start`, by this command, which makes it listen on these ports (data, admin)."""
+    port, admin_port = ports
     began = time.perf_counter()
     with local_processes.on_core(core):
         group = ProcessGroup(kind.name, Launch(command), folder / f"{kind.name}-{port}.log")
@@ -144,12 +158,7 @@ def _command(
             ports = [*here, "--admin-port", str(admin_port)]
             return [sys.executable, "-m", "roost", "route", *ports, *replicas]
         case "nginx":
-            home = folder / f"nginx-{port}"
-            home.mkdir()
-            servers = " ".join(f"server {address};" for address in addresses)
-            config = home / "nginx.conf"
-            config.write_text(_NGINX.format(dir=home, servers=servers, port=port))
-            return [kind.program, "-c", str(config), "-e", str(home / "error.log")]
+            return nginx_command(kind.program, port, addresses, folder)
         case "haproxy":
             config = folder / f"haproxy-{port}.cfg"
             lines = [f"  server r{number} {at}" for number, at in enumerate(addresses)]
@@ -162,3 +171,15 @@ def _command(
             return [kind.program, *launched, "--policy", "round_robin", "--worker-urls", *urls]
         case _:
             raise PeerError(f"{kind.name} is not a router that this benchmark knows")
+
+
+def nginx_command(
+    program: str, port: int, addresses: Sequence[str], folder: Path, method: str = ""
+) -> list[str]:
+    """nginx over these addresses; `method`: the directive of its balancing, if any."""
+    home = folder / f"nginx-{port}"
+    home.mkdir()
+    servers = " ".join([method, *(f"server {address};" for address in addresses)])
+    config = home / "nginx.conf"
+    config.write_text(_NGINX.format(dir=home, servers=servers, port=port))
+    return [program, "-c", str(config), "-e", str(home / "error.log")]

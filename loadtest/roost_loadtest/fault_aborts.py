@@ -192,7 +192,7 @@ class _Run:
 
     async def held(self) -> Held:
         """What is held now."""
-        replicas = json.loads(await body(f"{self._router.admin}/replicas"))
+        fleet = json.loads(await body(f"{self._router.admin}/fleet"))
         engines = self._engines
         async with aiohttp.ClientSession() as session:
             loads = [await _load(session, engine) for engine in engines]
@@ -201,7 +201,7 @@ class _Run:
             running=running,
             waiting=waiting,
             used_share=used_share,
-            in_flight=sum(replica["in_flight"] for replica in replicas),
+            in_flight=fleet["totals"]["in_flight"],
             engine_fds=sum(engine.num_fds() for engine in engines),
             router_fds=self._router.num_fds(),
             engine_mb=sum(engine.rss_mb() for engine in engines),

@@ -281,6 +281,12 @@ class ServedEngine:
         assert self._group is not None
         return self._group.failed(what)
 
+    @property
+    def pid(self) -> int:
+        """Of the first of its processes."""
+        assert self._group is not None
+        return self._group.popen.pid
+
     def running(self) -> contextlib.AbstractContextManager[None]:
         """Let it run meanwhile; it is stopped afterwards."""
         assert self._group is not None

@@ -9,6 +9,7 @@ import click
 
 from roost.cli_parts import FILE, FOLDER, NEW_FILE, WEIGHTS, needing_engine
 from roost.fault_cli import COMMANDS as FAULT_COMMANDS
+from roost.replay_cli import replay
 
 
 class _Bench(click.Group):
@@ -24,7 +25,7 @@ def bench() -> None:
     """Measure, side by side, and print a table with a ratio."""
 
 
-for _command in FAULT_COMMANDS:
+for _command in (*FAULT_COMMANDS, replay):
     bench.add_command(_command)
 
 
@@ -60,6 +61,18 @@ def decide(replicas: int, blocks: int, rounds: int) -> None:
     from roost_loadtest.bench_decide import bench_decide
 
     bench_decide(num_replicas=replicas, num_blocks=blocks, rounds=rounds)
+
+
+@bench.command()
+@click.option("--replicas", type=click.IntRange(1, 4096), default=1024, help="Holders of blocks.")
+@click.option("--blocks", type=click.IntRange(16), default=2048, help="Of the prompt looked up.")
+@click.option("--rounds", type=click.IntRange(1), default=100, help="Batches for each median.")
+@click.option("--seconds", type=click.FloatRange(1), default=20.0, help="Of churn under a cap.")
+def index(replicas: int, blocks: int, rounds: int, seconds: float) -> None:
+    """What it costs to know from KV events who holds what, against its goals."""
+    from roost_loadtest.bench_index import bench_index
+
+    bench_index(num_holders=replicas, num_blocks=blocks, rounds=rounds, churn_s=seconds)
 
 
 @bench.command()

@@ -65,6 +65,12 @@ def main(verbose: bool) -> None:
     "round-robin; or module:Class of your own.",
 )
 @click.option(
+    "--shadow",
+    metavar="NAME",
+    help="A second policy that is asked for each placement and never followed; `roost top` and "
+    "`roost doctor` show how it would have done.",
+)
+@click.option(
     "--drain",
     "drain_s",
     type=click.FloatRange(0.0),

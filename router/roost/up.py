@@ -15,7 +15,7 @@ from roost_router.listening import bind
 _QUESTION = "What is the capital of France?"
 _SNIPPET = """
   base URL      {base}
-  admin         {admin}  (/ready, /replicas, /metrics)
+  admin         {admin}  (dashboard, /fleet, /metrics)
 
   curl {base}/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "temperature": 0,

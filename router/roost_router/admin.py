@@ -3,10 +3,12 @@
 GET /health        200 while the process lives (liveness)
 GET /ready         200 while requests can be placed, else 503 (readiness); 503 while draining
 GET /metrics       Prometheus
-GET /replicas      what the router believes of its replicas, as JSON
+GET /fleet         replicas, totals, hit ladder, findings, as JSON (fleet_page.py)
 GET /explain/{id}  why the request of that x-request-id went where it went (explanation.py)
+GET /              the dashboard: a page, with its files beside it, that shows /fleet
 
-With admin keys, all but the first two ask for one; orchestrators probe those without.
+With admin keys, all but the first two and the dashboard ask for one: orchestrators probe without,
+and a browser cannot send a key before a page asks for it. The dashboard's files hold no secret.
 HEAD is answered wherever GET is: some load balancers probe with it. Every error is in OpenAI's
 shape, as on the data port, and connections are bounded as there, in a smaller number: a service
 beside the data plane's for the same Downstream.
@@ -18,16 +20,19 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, NamedTuple, cast
+from importlib.metadata import version
+from typing import NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from roost_router.access import Access
+from roost_router.compiled import is_compiled
+from roost_router.dashboard.files import PAGE_HEADERS, load_files
 from roost_router.errors import (
     KeyRequiredError,
     MethodNotAllowedError,
@@ -37,13 +42,12 @@ from roost_router.errors import (
     RouterError,
 )
 from roost_router.explanation import explain
-from roost_router.fleet.replica import Replica
+from roost_router.fleet_page import Moment, fleet_page
 from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header
 from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.service import DataService
 from roost_router.http.serving import Answering, Request, ServiceLimits
-from roost_router.placement import Placer
 from roost_router.receipts import MAX_RECEIPTS
 
 #: Probes and scrapers are few. service.py leaves file descriptors for so many.
@@ -56,7 +60,6 @@ _CHECK_S = 1.0
 _FLUSH_S = 0.5
 #: Clocks that part by more were not read late: the calendar was set.
 _CALENDAR_SET = timedelta(seconds=1)
-_OPEN_PATHS = frozenset({"/health", "/ready"})
 _EXPLAIN = "/explain/"
 _log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class _Page(NamedTuple):
     body: bytes
     status: int = 200
     content_type: bytes = b"application/json"
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 class AdminService:
@@ -82,12 +86,20 @@ class AdminService:
         self._server: asyncio.Server | None = None
         self._check: asyncio.TimerHandle | None = None
         self._epoch = self._clock_epoch()
-        self._pages = {
+        self._started_at = service.now()
+        self._version = version("roost")
+        self._pages: dict[str, Callable[[], _Page]] = {
             "/health": self._health,
             "/ready": self._ready,
             "/metrics": self._metrics,
-            "/replicas": self._replicas,
+            "/fleet": self._fleet,
         }
+        dashboard = {
+            path: partial(_Page, body, 200, content_type, PAGE_HEADERS)
+            for path, (content_type, body) in load_files().items()
+        }
+        self._pages.update(dashboard)
+        self._open_paths = {"/health", "/ready", *dashboard}
 
     async def listen(self, sock: socket.socket) -> None:
         """Accept clients on `sock`."""
@@ -145,13 +157,13 @@ class AdminService:
             _log.exception("an admin page failed by a defect of the router")
             failed = RouterError("the router failed to make this page")
             return _answer(client, request, failed.status, error_headers(failed), failed.body())
-        headers = [(b"content-type", page.content_type)]
+        headers = [(b"content-type", page.content_type), *page.headers]
         return _answer(client, request, page.status, headers, page.body)
 
     def _page(self, request: Request) -> _Page:
         path = request.head.path.decode("latin-1")
         keys = self._access.admin_keys
-        if keys is not None and path not in _OPEN_PATHS:
+        if keys is not None and path not in self._open_paths:
             given = get_header(request.headers, b"authorization")
             if keys.owner(given) is None:
                 raise KeyRequiredError(has_key=bool(given))
@@ -182,9 +194,21 @@ class AdminService:
         page = generate_latest(self._service.metrics.registry)
         return _Page(page, content_type=CONTENT_TYPE_LATEST.encode())
 
-    def _replicas(self) -> _Page:
-        placer = self._service.placer
-        return _Page(msgspec.json.encode([_describe(placer, r) for r in placer.fleet.replicas]))
+    def _fleet(self) -> _Page:
+        service = self._service
+        now = service.now()
+        moment = Moment(
+            now,
+            datetime.now(UTC).timestamp(),
+            self._date(now),
+            now - self._started_at,
+            self._version,
+            is_compiled(),
+            service.is_draining,
+        )
+        num_held = service.dispatcher.num_held
+        page = fleet_page(service.placer, service.metrics, moment, num_held)
+        return _Page(msgspec.json.encode(page))
 
     def _explain(self, quoted_id: str) -> _Page:
         receipts = self._service.receipts
@@ -216,19 +240,3 @@ def _answer(
     keep_alive = request.keep_alive
     answer = whole_answer(request, status, headers, body, keep_alive=keep_alive)
     return Ready(client, answer, keep_alive=keep_alive)
-
-
-def _describe(placer: Placer, replica: Replica) -> dict[str, Any]:
-    return {
-        "name": replica.name,
-        "url": replica.url,
-        "state": replica.state.value,
-        "models": replica.models,
-        "kv_capacity_tokens": replica.kv_capacity_tokens,
-        "resident_blocks": placer.index.num_blocks(replica.holder),
-        "in_flight": replica.num_in_flight,
-        "decoding": replica.num_decoding,
-        "queued_tokens": replica.queued_tokens,
-        "reported": replica.report,
-        "prefill_tokens_per_s": round(placer.fleet.prefill_tokens_per_s(replica), 1),
-    }

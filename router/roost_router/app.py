@@ -26,6 +26,7 @@ from roost_router.listening import BACKLOG, REPLACED, bind, inherited
 from roost_router.metrics import RouterMetrics
 from roost_router.placement import Placer
 from roost_router.policy.registry import PolicyError, make_policy
+from roost_router.policy.shadow import Shadow
 from roost_router.poll import Poller
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def build_placer(config: RouterConfig, rng: Random) -> Placer:
     index = PrefixIndex()
     try:
         make_policy(config.policy)
+        if config.shadow is not None:
+            make_policy(config.shadow)
     except PolicyError as error:
         raise ConfigError(str(error)) from None
     return Placer(index, Fleet(index, config.replicas), partial(make_policy, config.policy), rng)
@@ -47,7 +50,7 @@ class Router:
     def __init__(self, config: RouterConfig, placer: Placer) -> None:
         self._config = config
         self.placer = placer
-        metrics = RouterMetrics()
+        metrics = RouterMetrics(_shadow(config.shadow))
         metrics.watch(placer)
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
         self._admin = AdminService(self.service, self.service.access, config)
@@ -129,6 +132,10 @@ async def run_router(config: RouterConfig) -> None:
         _log.info("draining %d requests", router.service.num_exchanges)
     finally:
         await router.stop(replaced=stop.is_replaced)
+
+
+def _shadow(policy: str | None) -> Shadow | None:
+    return None if policy is None else Shadow(policy, partial(make_policy, policy), Random())
 
 
 class _StopSignals:

@@ -28,6 +28,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     poll_timeout_s: float = 5.0
     connect_timeout_s: float = 2.0
     policy: str = DEFAULT_POLICY  # who gets a request; policy/registry.py
+    shadow: str | None = None  # a second policy, asked for each placement and never followed
     max_attempts: int = 3  # replicas tried for a request before the first byte
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20

@@ -24,10 +24,14 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from roost_router.hit_ladder import RUNGS, HitLadder, ModelLadder
+from roost_router.recent import RecentTraffic
+
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
     from roost_router.http.record import RequestRecord
     from roost_router.placement import Placer
+    from roost_router.policy.shadow import Shadow, ShadowReport
 
 _BUCKETS_S: Final[tuple[float, ...]] = (
     0.005,
@@ -84,8 +88,13 @@ class _Series:
 class RouterMetrics(Collector):
     """All series of one router process, in a registry of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, shadow: Shadow | None = None) -> None:
+        """`shadow`: is shown the decisions behind all requests."""
         self.registry = CollectorRegistry()
+        self.shadow = shadow
+        self.ended_at = 0.0  # the last request, in seconds, monotonic
+        self.ladder = HitLadder()
+        self.recent = RecentTraffic()
         ProcessCollector(registry=self.registry)
         self._series: dict[str, _Series] = {}  # by replica
         self._refused: Counter[str] = Counter()  # by status
@@ -94,8 +103,9 @@ class RouterMetrics(Collector):
         self.registry.register(self)
 
     def watch(self, placer: Placer) -> None:
-        """Export gauges of `placer`'s fleet and index."""
+        """Export gauges of `placer`'s fleet and index, and the hit ladder."""
         self.registry.register(_FleetCollector(placer))
+        self.registry.register(_LadderCollector(placer, self))
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""
@@ -103,6 +113,7 @@ class RouterMetrics(Collector):
         series = self._series.get(name)
         if series is None:
             series = self._series[name] = _Series()
+        self.ended_at = record.started_at + record.duration_s
         key = (record.model if known_model else "unknown", record.outcome)
         series.requests[key] = series.requests.get(key, 0) + 1
         series.duration.observe(record.duration_s)
@@ -112,6 +123,10 @@ class RouterMetrics(Collector):
             series.prompt_tokens += record.prompt_tokens
             series.matched_tokens += record.matched_tokens or 0
             series.cached_tokens += record.cached_tokens or 0
+        self.recent.add(record)
+        self.ladder.add(record)
+        if self.shadow is not None:
+            _show(self.shadow, record)
 
     def refused(self, status: int) -> None:
         """Count a request that was refused at the door."""
@@ -124,6 +139,16 @@ class RouterMetrics(Collector):
     def resumed(self, reason: str) -> None:
         """Count a stream that was continued on another replica."""
         self._resumes[reason] += 1
+
+    def ladders(self, placer: Placer, now: float) -> list[ModelLadder]:
+        """The ladder of each model, with the capacity that its replicas are believed to have."""
+        served, index = placer.fleet.models(), placer.index
+        return [
+            self.ladder.ladder(
+                model, sum(index.capacity_bytes(r.holder) for r in served.get(model, ())), now
+            )
+            for model in self.ladder.models
+        ]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the current values; called by prometheus_client."""
@@ -145,6 +170,8 @@ class RouterMetrics(Collector):
             yield _counter(kind, text, ("replica",), {of: read(s) for of, s in told.items()})
         yield self._histogram("ttft_seconds", "Time to first token of streams.", _ttft)
         yield self._histogram("request_seconds", "Whole duration of requests.", _duration)
+        if self.shadow is not None:
+            yield from _shadow_gauges(self.shadow.report(self.ended_at))
 
     def _histogram(self, name: str, text: str, read: Callable[[_Series], _Histogram]) -> Metric:
         family = HistogramMetricFamily(_PREFIX + name, text, labels=("replica",))
@@ -177,6 +204,29 @@ def _counter(
     return family
 
 
+def _show(shadow: Shadow, record: RequestRecord) -> None:
+    """Every decision behind a request: of attempts that were lost, and the last."""
+    placements = [leg.placement for leg in record.lost_legs]
+    if record.placement is not None and record.placement not in placements:
+        placements.append(record.placement)
+    ended_at = record.started_at + record.duration_s
+    for placement in placements:
+        chosen = placement.decision.chosen
+        shadow.see(placement.model, placement.candidates, chosen, ended_at)
+
+
+def _shadow_gauges(report: ShadowReport) -> Iterator[GaugeMetricFamily]:
+    for name, text, value in (
+        ("shadow_agreement_share", "Decisions that were the same.", report.agreement),
+        ("shadow_wait_seconds", "Predicted to the first token, mean.", report.shadow_wait_s),
+        ("shadow_hit_share", "Prompt tokens believed in cache.", report.shadow_hit_rate),
+    ):
+        family = GaugeMetricFamily(_PREFIX + name, text, labels=("policy",))
+        if value is not None:
+            family.add_metric((report.policy,), value)
+        yield family
+
+
 class _FleetCollector(Collector):
     """Gauges of the fleet and the index, read when asked for."""
 
@@ -205,3 +255,24 @@ class _FleetCollector(Collector):
         blocks = GaugeMetricFamily(_PREFIX + "index_blocks", "Distinct blocks in the index.")
         blocks.add_metric((), len(index))
         yield blocks
+
+
+class _LadderCollector(Collector):
+    """Where cache hits are lost, as of the end of the last request."""
+
+    def __init__(self, placer: Placer, metrics: RouterMetrics) -> None:
+        self._placer = placer
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the current values."""
+        family = GaugeMetricFamily(
+            _PREFIX + "hit_ladder_share",
+            "Share of prompt tokens from cache, over ten minutes; hit_ladder.py tells the rungs.",
+            labels=("model", "rung"),
+        )
+        for ladder in self._metrics.ladders(self._placer, self._metrics.ended_at):
+            for rung, share in zip(RUNGS, ladder.recent.shares, strict=True):
+                if share is not None:
+                    family.add_metric((ladder.model, rung.name), share)
+        yield family

@@ -220,7 +220,9 @@ class Placer:
                 matched_bytes = chain_bytes(depths[replica.holder])
                 matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
             uncached_tokens = prompt_tokens - matched_tokens
-            hoped_tokens = uncached_tokens * unseen.share(kinds[number]) if kinds else 0.0
+            hoped_tokens = matched_tokens * (replica.kept_share - 1.0)
+            if kinds:
+                hoped_tokens += uncached_tokens * unseen.share(kinds[number])
             candidates.append(
                 Candidate(
                     replica.name,
@@ -318,6 +320,8 @@ class Placer:
         self._seen[placement.model] = (num_bytes, num_tokens)
         self.fleet.set_bytes_per_token(placement.model, num_bytes / num_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
+            if placement.matched_tokens and placement.holder == placement.replica.holder:
+                placement.replica.learn_kept(placement.matched_tokens, cached_tokens)
             if placement.unseen_kind is not None:
                 self._unseen(placement.model).learn(
                     placement.unseen_kind,

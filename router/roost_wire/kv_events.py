@@ -4,18 +4,23 @@
     BlockRemoved(hashes, tier)                  from now on they are not
     AllBlocksCleared()                          nothing is resident in any tier
 
-Events are ordered. Replaying them over the empty set gives exactly what the replica holds after
-the last of them, per tier: a hash stands for one block (there are no duplicates to count), and a
-block is stored after its parent and removed before it, so what is resident is closed under
-prefixes at any moment.
+This is the vocabulary into which kv_dialects/ translates what engines send. Block hashes are names
+within one replica and data-parallel rank, unsigned and of 64 bits, whatever the engine calls them.
 
-A `KvEventBatch` carries the replica's epoch, a number that changes when the process starts anew,
-and a sequence number that counts batches of that epoch from 0. Another epoch: all that was known
-is void. A gap in the sequence: something was lost. It also carries a digest of each tier, the XOR
-of the hashes resident after its last event, which tells a divergence in O(1). A batch without
-events is a heartbeat; one that begins with AllBlocksCleared a snapshot.
+Events are ordered. Our engine is exact: replaying its events over the empty set gives what it
+holds after the last of them, per tier: a hash stands for one block (there are no duplicates to
+count), and a block is stored after its parent and removed before it, so what is resident is closed
+under prefixes at any moment. Other engines tell some blocks twice, and some with a parent that was
+never told (its content is more than tokens, or the event was lost): such a block is not the
+beginning of a prompt, it has a parent that is not resident.
 
-Not here: the encodings of other engines, transport, replay buffers.
+A `KvEventBatch` carries a sequence number that counts batches from 0, or from 1. A gap in it:
+something was lost. Our engine also tells its epoch, a number that changes when the process starts
+anew: all that was known is void. And a digest of each tier, the XOR of the hashes resident after
+the batch's last event, which tells a divergence in O(1). A batch without events is a heartbeat;
+one that begins with AllBlocksCleared a snapshot.
+
+Not here: encodings (kv_dialects/), transport, replay buffers.
 """
 
 from __future__ import annotations
@@ -36,38 +41,50 @@ class Tier(enum.Enum):
     HOST = "host"  # to be copied back before it is read
 
 
-class BlockStored(msgspec.Struct, frozen=True):
-    """Consecutive blocks of a chain became resident."""
+class BlockStored(msgspec.Struct, frozen=True, gc=False):
+    """Consecutive blocks of a chain became resident.
+
+    Adapter and salt are the chain's: they tell blocks of equal tokens apart. They count where
+    `parent_hash` is None; a child inherits its parent's, whatever its own event says.
+
+    Dynamo tells hashes of the blocks' tokens in place of the tokens: then `token_ids` is empty and
+    `local_hashes` has one `token_chain.local_hash` for each block.
+    """
 
     block_hashes: tuple[int, ...]  # in chain order, at least one
     parent_hash: int | None  # of the block before the first; None: it begins a prompt
-    token_ids: tuple[int, ...]  # of all the blocks, block_size for each
+    token_ids: tuple[int, ...]  # of all the blocks, block_size for each; 32 bits each
     block_size: int  # tokens
     tier: Tier
+    lora_name: str | None = None
+    cache_salt: str | None = None
+    local_hashes: tuple[int, ...] = ()
 
 
-class BlockRemoved(msgspec.Struct, frozen=True):
+class BlockRemoved(msgspec.Struct, frozen=True, gc=False):
     """Blocks are not resident in this tier any more."""
 
     block_hashes: tuple[int, ...]
     tier: Tier
 
 
-class AllBlocksCleared(msgspec.Struct, frozen=True):
+class AllBlocksCleared(msgspec.Struct, frozen=True, gc=False):
     """The cache was emptied, all tiers of it."""
 
 
 KvEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
-class KvEventBatch(msgspec.Struct, frozen=True):
+class KvEventBatch(msgspec.Struct, frozen=True, kw_only=True):
     """What happened since the batch before, and what that led to."""
 
-    epoch: int
-    sequence: int  # 0 for the first batch of an epoch, then without gaps
+    sequence: int  # goes up by one with each batch of an epoch
     events: list[KvEvent]
-    device_digest: int
-    host_digest: int
+    epoch: int | None = None  # None: the engine does not tell
+    device_digest: int | None = None  # as the epoch
+    host_digest: int | None = None  # as the epoch
+    sent_at: float = 0.0  # Unix seconds by the engine's clock; tells two batches of a number apart
+    rank: int | None = None  # data-parallel; None: the engine does not tell
 
 
 def merge_events(events: Iterable[KvEvent]) -> list[KvEvent]:
@@ -91,8 +108,10 @@ def merge_events(events: Iterable[KvEvent]) -> list[KvEvent]:
 def _continues(last: KvEvent, event: KvEvent) -> bool:
     match last, event:
         case BlockStored(), BlockStored():
-            same = (last.tier, last.block_size) == (event.tier, event.block_size)
-            return same and event.parent_hash == last.block_hashes[-1]
+            return event.parent_hash == last.block_hashes[-1] and (
+                (last.tier, last.block_size, last.lora_name, last.cache_salt)
+                == (event.tier, event.block_size, event.lora_name, event.cache_salt)
+            )
         case BlockRemoved(), BlockRemoved():
             return last.tier is event.tier
     return False
@@ -105,13 +124,18 @@ def _join(run: list[KvEvent]) -> KvEvent:
         return first
     hashes: list[int] = []
     token_ids: list[int] = []
+    local_hashes: list[int] = []
     for event in run:
         assert not isinstance(event, AllBlocksCleared)
         hashes += event.block_hashes
         if isinstance(event, BlockStored):
             token_ids += event.token_ids
+            local_hashes += event.local_hashes
     if isinstance(first, BlockStored):
-        return BlockStored(
-            tuple(hashes), first.parent_hash, tuple(token_ids), first.block_size, first.tier
+        return msgspec.structs.replace(
+            first,
+            block_hashes=tuple(hashes),
+            token_ids=tuple(token_ids),
+            local_hashes=tuple(local_hashes),
         )
     return BlockRemoved(tuple(hashes), first.tier)

@@ -26,7 +26,16 @@ def next_block_hash(parent_hash: int | None, block_tokens: Sequence[int]) -> int
     `parent_hash` is None for the first block of a prompt. Token ids must fit in 32 bits
     (struct.error otherwise).
     """
-    local = xxh3_64_intdigest(pack(f"<{len(block_tokens)}I", *block_tokens), XXH3_SEED)
+    return join_local(parent_hash, local_hash(block_tokens))
+
+
+def local_hash(block_tokens: Sequence[int]) -> int:
+    """Hash of a block's tokens alone. struct.error for a token id of more than 32 bits."""
+    return xxh3_64_intdigest(pack(f"<{len(block_tokens)}I", *block_tokens), XXH3_SEED)
+
+
+def join_local(parent_hash: int | None, local: int) -> int:
+    """Hash of the block whose tokens have the hash `local`, and that follows `parent_hash`."""
     if parent_hash is None:
         return local
     return xxh3_64_intdigest(pack("<QQ", parent_hash, local), XXH3_SEED)

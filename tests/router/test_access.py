@@ -93,14 +93,14 @@ async def test_admin_pages_ask_for_an_admin_key_and_probes_do_not(start_router, 
     path, (key,) = key_file(tmp_path / "keys", "operator")
     router = await start_router(*replicas, admin_keys_file=path)
 
-    for page in ("/metrics", "/replicas", "/nothing"):
+    for page in ("/metrics", "/fleet", "/nothing"):
         for wrong in (None, "sk-wrong", ""):
             status, body, headers = await ask(router, page, wrong)
             assert (status, headers["www-authenticate"]) == (401, "Bearer")
             assert json.loads(body)["error"]["code"] == "invalid_api_key"
     for page in ("/health", "/ready"):
         assert (await ask(router, page))[0] == 200
-    for page in ("/metrics", "/replicas"):
+    for page in ("/metrics", "/fleet"):
         assert (await ask(router, page, key))[0] == 200
 
 
@@ -109,7 +109,7 @@ async def test_admin_pages_ask_for_an_admin_key_and_probes_do_not(start_router, 
     [
         ("GET", "/workers", 404, "not_found"),
         ("POST", "/ready", 405, "method_not_allowed"),
-        ("DELETE", "/replicas", 405, "method_not_allowed"),
+        ("DELETE", "/fleet", 405, "method_not_allowed"),
         ("GET", "/v1/models", 404, "not_found"),
     ],
 )

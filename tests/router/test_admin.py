@@ -43,7 +43,7 @@ async def tell(router: Any, sent: bytes) -> bytes:
 async def test_one_connection_serves_page_after_page(start_router, replicas):
     router = await start_router(*replicas)
     reader, writer = await connect(router)
-    paths = (b"/health", b"/ready?verbose", b"/metrics", b"/nothing", b"/replicas")
+    paths = (b"/health", b"/ready?verbose", b"/metrics", b"/nothing", b"/fleet")
 
     writer.write(b"".join(GET % path for path in paths))
     answers = [await answer_of(reader) for _ in paths]

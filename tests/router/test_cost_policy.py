@@ -64,8 +64,9 @@ def test_the_start_waits_for_the_queue_and_for_memory(changes, seconds):
 def test_cost_is_start_and_own_prefill_at_its_price():
     busy = candidate(num_decoding=4, queued_tokens=1024)
 
-    # Own prefill of 1 s, times 1.25 for the streams, 2 for the price and 0.12 for decoding.
-    assert cost_s(busy, 3.0) == pytest.approx(3.0 + 3.37)
+    # Own prefill of 1 s, times 1.25 for the streams, 2 for the price and 0.12 for decoding; and
+    # ten steps beside four streams of 0.125 s.
+    assert cost_s(busy, 3.0) == pytest.approx(3.0 + 3.37 + 5.0)
 
 
 def pick(*candidates: Candidate, seed: int = 0) -> int:

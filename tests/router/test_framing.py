@@ -190,7 +190,7 @@ def broken(*_: object, **__: object) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("method", ["place", "first_byte", "finish"])
+@pytest.mark.parametrize("method", ["weigh", "first_byte", "finish"])
 async def test_a_defect_of_ours_ends_its_request_and_no_other(serve, monkeypatch, method):
     router, _ = await serve([whole(OK)])
     with monkeypatch.context() as patch:

@@ -399,3 +399,59 @@ def test_a_finished_request_is_forgotten_though_its_prefill_was_to_last_longer()
 
     assert placer._silent == {"r0": {}}
     assert loads(placer) == [(0, 0, 0)]
+
+
+def test_a_cache_that_does_not_keep_what_it_is_given_is_trusted_less():
+    """Missing each time, though younger than anything: no least recent use explains that."""
+    placer = make_placer(2)
+    replica = placer.place(ask(PROMPT), 0.0).replica
+    for number in range(1, 200):
+        placement = placer.place(ask(PROMPT), float(number))
+        placer.learn(placement, 1280, 0)
+        if placement.replica is not replica:
+            break
+        assert replica.kept_share < 1.0
+
+    assert placement.replica is not replica
+    chosen = placement.candidates[1 - placement.decision.chosen]
+    assert chosen.hoped_tokens == pytest.approx(
+        chosen.matched_tokens * (replica.kept_share - 1.0), abs=chosen.uncached_tokens
+    )
+
+
+def test_a_cache_that_keeps_all_is_trusted_whole_and_a_new_process_anew():
+    placer = make_placer(1)
+    for number in range(5):
+        complete(placer, PROMPT, 10.0 * number, cached_tokens=1280 - 16)
+    (replica,) = placer.fleet.replicas
+    assert replica.kept_share > 0.99
+
+    replica.learn_kept(1000, 0)
+    placer.fleet.refused(replica)
+    assert replica.kept_share == 1.0
+
+
+def test_queues_drain_while_news_is_on_its_way_but_not_for_ever():
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    placer.place(ask(PROMPT), 0.0)  # 1,280 tokens at 2,000 a second
+
+    def queued(now: float) -> int:
+        return placer.weigh(ask(b""), now).candidates[0].queued_tokens
+
+    assert queued(0.5) == 1280  # fresh news: nothing was heard, so nothing is done
+    replica.dialled(0.4)
+    assert queued(0.5) == 280
+    assert queued(0.7) == 0
+    assert queued(0.64 + 2 * 0.4 + 0.01) == 1280  # overdue: something holds it up
+
+
+@pytest.mark.parametrize(("took_s", "lag_s"), [(0.0099, 0.0), (0.01, 0.01), (0.3, 0.3)])
+def test_news_is_late_by_the_least_that_dials_took(took_s, lag_s):
+    (replica,) = make_placer(1).fleet.replicas
+    replica.dialled(5.0)
+    replica.dialled(took_s)
+    assert replica.news_lag_s == lag_s
+
+    replica.dialled(9.0)
+    assert replica.news_lag_s == pytest.approx(1.05 * took_s if 1.05 * took_s >= 0.01 else 0.0)

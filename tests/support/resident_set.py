@@ -1,4 +1,4 @@
-"""What a follower of KV events believes: the slow twin of every index built from them."""
+"""What a follower of KV events believes, the slow twin of every index; a pool to follow."""
 
 from __future__ import annotations
 
@@ -50,3 +50,20 @@ class ResidentSet:
         assert len(event.token_ids) == len(event.block_hashes) * event.block_size
         if event.parent_hash is None:
             assert tuple(block_hashes(event.token_ids, event.block_size)) == event.block_hashes
+
+
+def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
+    """Hit what is cached, compute the rest; the table, held."""
+    size = pool.block_size
+    hit = pool.lookup(tokens, pool.chain(tokens))
+    pool.acquire(hit.blocks)
+    try:
+        restored = pool.restore(hit.offloaded)
+        table = hit.blocks + restored
+        table += pool.allocate(-(-len(tokens) // size) - len(table))
+    except Exception:
+        pool.release(hit.blocks)
+        raise
+    for index in range(len(tokens) // size):
+        pool.register(table, index, tokens[index * size : (index + 1) * size])
+    return table

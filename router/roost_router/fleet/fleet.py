@@ -225,6 +225,7 @@ class Fleet:
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
         replica.holder = self._index.open_holder(self._capacity_bytes(replica))
+        replica.kept_share = 1.0
 
     def _resize(self, replica: Replica) -> None:
         capacity = self._capacity_bytes(replica)

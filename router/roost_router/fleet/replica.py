@@ -26,6 +26,8 @@ from roost_wire.load_report import LoadReport
 RECENT_S = 60.0
 #: News that is late by less is as good as fresh.
 MIN_LAG_S = 0.01
+#: Believed tokens after which an observation of how many were there weighs a third.
+_KEPT_MEMORY_TOKENS = 50_000.0
 #: The least time of a dial is forgotten by so much with each: a replica may move away.
 _DIAL_GROWTH = 1.05
 _MIN_DIAL_S = 1e-4
@@ -56,6 +58,7 @@ class Replica:
         self.report = LoadReport()  # its own figures, as of the last poll
         self.num_failed_polls = 0
         self.speed = Speed()
+        self.kept_share = 1.0  # of the tokens believed cached here, those that were
         self.health = Health()
         self.kv_release = KvRelease()
         self.last_event_at = 0.0  # when any stream of it last showed a token
@@ -91,6 +94,16 @@ class Replica:
         elapsed_s = max(0.0, now - self._draining_at)
         return max(0.0, self._draining_tokens - tokens_per_s * elapsed_s)
 
+    def learn_kept(self, believed_tokens: int, cached_tokens: int) -> None:
+        """Of `believed_tokens` (positive) of a prompt believed cached here, so many were.
+
+        Where what is missing follows from least recent use, the index is corrected. Some servers
+        keep prompts by other rules, or only in the slot that computed them (llama.cpp).
+        """
+        kept = min(1.0, cached_tokens / believed_tokens)
+        weight = min(1.0, believed_tokens / _KEPT_MEMORY_TOKENS)
+        self.kept_share += weight * (kept - self.kept_share)
+
     def dialled(self, took_s: float) -> None:
         """A connection was made: there and back, so news is late by as much as dials at best take.
 
@@ -112,7 +125,7 @@ class Replica:
     def start_decoding(self, uncached_tokens: int, at: float) -> None:
         """The first byte came: the prefill is done, a stream is running. `at`: when it came."""
         self.queued_tokens -= uncached_tokens
-        self._draining_tokens = self.queued_tokens
+        self._draining_tokens = float(self.queued_tokens)
         self._draining_at = at
         self.num_decoding += 1
 

@@ -199,9 +199,10 @@ class DataService:
         await self._until_all_closed(_FLUSH_S)
         for pool in self._pools.values():
             pool.close()
-        for timer in (self._sweep, self._next_look):
-            if timer is not None:
-                timer.cancel()
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._next_look is not None:
+            self._next_look.cancel()
 
     def _close_quiet(self, idle: dict[Downstream, tuple[int, float]]) -> None:
         """Close who has been idle for _QUIET_S. `idle`: since when each is, and after how many."""

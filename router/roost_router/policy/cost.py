@@ -6,11 +6,17 @@
     m_i     = max(0, queued_i + uncached_i - free_i) / release_i     until its KV blocks are free
     start_i = max(w_i, m_i)
     cost_i  = start_i + p_i * (f_i + PRICE + DECODE_WEIGHT * decoding_i)
+              + DECODE_STEPS * decoding_i * decode_s_i
 
 The first two terms are the wait of this request. PRICE is what it costs the others: a second of
 prefill keeps whoever comes next waiting, more than one of them on a busy replica. Without it the
 third sibling of a burst leaves the replica that is just computing their prefix and computes it
 again elsewhere, to save itself milliseconds.
+
+The last term is its decoding: a step takes decode_s longer for each stream that is running, and
+DECODE_STEPS of them count. Of a few hundred that an answer has, since a second more of decoding is
+not as bad as one before the first token; but without it, whoever wants a hot prefix goes where it
+is cached, however crowded.
 
 f_i is decode interference: each chunk of CHUNK_TOKENS of prefill also runs one decode step, which
 `decode_s` for each running stream makes longer. What waits in the router for i is added to start_i
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS: Final = 2048
 DECODE_WEIGHT: Final = 0.03
+DECODE_STEPS: Final = 10.0
 PRICE: Final = 2.0
 TIE_S: Final = 0.001
 
@@ -108,7 +115,8 @@ def start_s(candidate: Candidate) -> float:
 def cost_s(candidate: Candidate, starts_s: float) -> float:
     """Seconds that the request waits there, and that it makes others wait."""
     factor = interference(candidate) + PRICE + DECODE_WEIGHT * candidate.num_decoding
-    return starts_s + prefill_s(candidate) * factor
+    decode_s = DECODE_STEPS * candidate.num_decoding * candidate.decode_s
+    return starts_s + prefill_s(candidate) * factor + decode_s
 
 
 def _pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Random) -> int:

@@ -53,7 +53,8 @@ class Candidate:
         self.kv_capacity_tokens: Final = kv_capacity_tokens  # 0 where it does not tell
         #: How fast requests that end free KV; positive where the capacity is known.
         self.kv_release_tokens_per_s: Final = kv_release_tokens_per_s
-        #: Of uncached_tokens, expected in its cache after all (index/unseen.py).
+        #: Expected in its cache beyond matched_tokens (index/unseen.py), less what of those is
+        #: expected to be gone (Replica.kept_share): negative where more is.
         self.hoped_tokens: Final = hoped_tokens
         self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)

@@ -31,7 +31,7 @@ async def send(router, data: bytes) -> bytes:
 async def pages(router) -> str:
     text = ""
     async with aiohttp.ClientSession() as session:
-        for path in ("/health", "/ready", "/metrics", "/replicas"):
+        for path in ("/health", "/ready", "/metrics", "/fleet"):
             async with session.get("http://{}:{}{}".format(*router.admin_address, path)) as answer:
                 assert answer.status < 500 or path == "/ready"
                 text += await answer.text()

@@ -1,0 +1,1 @@
+"""The dashboard: a page of the admin port."""

@@ -1,0 +1,138 @@
+"""What is wrong with replicas, as far as a router sees it, and what mends it. Pure.
+
+Each finding has a severity:
+
+    error      requests fail, or every prompt is computed anew
+    warning    requests are placed worse than they could be
+    note       worth knowing
+
+Flags are those of vLLM 0.33, SGLang 0.5.23, llama.cpp's server and trtllm-serve 1.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from roost_router.fleet_page import ReplicaRow
+
+Severity = Literal["error", "warning", "note"]
+
+#: Answers in ten minutes before silence about the cache says something.
+MIN_ANSWERS: Final = 10
+#: Tokens expected from a cache before none at all says something.
+MIN_MATCHED_TOKENS: Final = 10_000
+#: A replica so many times slower than the usual one of its model is unlike them.
+UNLIKE: Final = 2.0
+#: Seconds that clocks of machines may part.
+MAX_CLOCK_S: Final = 5.0
+
+#: By what `owned_by` in /v1/models says; "" is for all others.
+_METRICS: Final = {
+    "sglang": "start SGLang with --enable-metrics",
+    "llamacpp": "start llama-server with --metrics",
+    "tensorrt_llm": "set enable_iter_perf_stats: true and return_perf_metrics: true in the YAML "
+    "file of trtllm-serve",
+    "vllm": "start vLLM without --disable-log-stats",
+    "": "have it serve vLLM's metric names at /metrics",
+}
+_USAGE: Final = {
+    "vllm": "start vLLM with --enable-force-include-usage",
+    "sglang": "start SGLang with --stream-response-default-include-usage",
+    "": "have clients ask for it: stream_options.include_usage",
+}
+_CACHED: Final = {
+    "vllm": "start vLLM with --enable-prompt-tokens-details",
+    "sglang": "start SGLang with --enable-cache-report",
+    "": "have it report usage.prompt_tokens_details.cached_tokens",
+}
+_CACHING: Final = {
+    "vllm": "start vLLM with --enable-prefix-caching",
+    "sglang": "start SGLang without --disable-radix-cache",
+    "llamacpp": "start llama-server with --cache-prompt and a larger --cache-ram",
+    "tensorrt_llm": "set kv_cache_config.enable_block_reuse: true in the YAML file of trtllm-serve",
+    "": "switch its prefix cache on; and see that no date or id stands at the start of prompts",
+}
+
+
+class Finding(msgspec.Struct):
+    """Something that is wrong."""
+
+    severity: Severity
+    replica: str  # its name; "" for the fleet
+    what: str
+    cure: str
+
+
+def find(rows: Sequence[ReplicaRow], unix_s: float) -> list[Finding]:
+    """All findings, the worst first. `unix_s`: the router's calendar. O(replicas)."""
+    found = [finding for row in rows for finding in _of_replica(row, rows, unix_s)]
+    if not any(row.state == "up" for row in rows):
+        cure = "start a replica, or give `roost route` the right --replica URLs"
+        found.append(Finding("error", "", "no replica is up: every request fails", cure))
+    order = ("error", "warning", "note")
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def _of_replica(row: ReplicaRow, rows: Sequence[ReplicaRow], unix_s: float) -> Iterator[Finding]:
+    if row.state != "up":
+        what = "never answered" if row.state == "joining" else "does not answer any more"
+        cure = f"see whether it runs and whether {row.url}/v1/models answers from here"
+        yield Finding("error", row.name, what, cure)
+        return
+    if row.ejection is not None:
+        left = f"for {row.ejection.left_s:.0f} s" if row.ejection.left_s else "probed now"
+        what = f"ejected ({left}): {row.ejection.reason}"
+        yield Finding("warning", row.name, what, "see its log; a request that succeeds ends this")
+    yield from _unreported(row)
+    yield from _unlike(row, rows)
+    started_at = row.reported.started_at
+    if started_at is not None and started_at - unix_s > MAX_CLOCK_S:
+        what = f"says it started in {started_at - unix_s:.0f} s: its clock and the router's part"
+        yield Finding("warning", row.name, what, "run a time service (chrony, ntpd) on both")
+
+
+def _unreported(row: ReplicaRow) -> Iterator[Finding]:
+    """What it does not tell of itself and of its cache."""
+    report, told = row.reported, row.told
+    if report.num_running is None and row.kv_capacity_tokens is None:
+        what = "no usable /metrics page: its queue, KV use, capacity and restarts are unknown"
+        yield Finding("warning", row.name, what, _cure(_METRICS, row))
+    elif row.kv_capacity_tokens is None:
+        what = "its KV capacity is unknown: the router assumes 262,144 tokens"
+        yield Finding("warning", row.name, what, _cure(_METRICS, row))
+    if told.num_answers < MIN_ANSWERS:
+        return
+    if not told.num_with_usage:
+        what = "tells no usage with its answers: what it had in cache is not known"
+        yield Finding("warning", row.name, what, f"{_cure(_USAGE, row)}; {_cure(_CACHED, row)}")
+    elif not told.num_with_cached:
+        what = "does not report cached_tokens: evictions go unnoticed"
+        yield Finding("warning", row.name, what, _cure(_CACHED, row))
+    elif not told.cached_tokens and told.matched_tokens >= MIN_MATCHED_TOKENS:
+        what = f"took nothing of {told.matched_tokens:,} expected tokens from its cache"
+        yield Finding("error", row.name, what, _cure(_CACHING, row))
+
+
+def _unlike(row: ReplicaRow, rows: Sequence[ReplicaRow]) -> Iterator[Finding]:
+    """Much slower than the usual one that serves the same models."""
+    likes = [other for other in rows if other.state == "up" and other.models == row.models]
+    if len(likes) < 2:
+        return
+    usual = median(other.prefill_tokens_per_s for other in likes)
+    if row.prefill_tokens_per_s * UNLIKE < usual:
+        what = f"computes {row.prefill_tokens_per_s:,.0f} prompt tokens/s, others {usual:,.0f}"
+        yield Finding("note", row.name, what, "expected of a smaller GPU; else see what shares it")
+    gaps = [other.token_gap_s for other in likes if other.token_gap_s is not None]
+    if row.token_gap_s is not None and row.token_gap_s > UNLIKE * median(gaps):
+        ms, usual_ms = row.token_gap_s * 1e3, median(gaps) * 1e3
+        what = f"streams a token every {ms:.1f} ms, others every {usual_ms:.1f} ms"
+        yield Finding("note", row.name, what, "expected of a smaller GPU; else see what shares it")
+
+
+def _cure(cures: dict[str, str], row: ReplicaRow) -> str:
+    return cures.get(row.dialect, cures[""])

@@ -1,0 +1,1 @@
+"""Tokens of prompts, off the path: worker processes that render and encode."""
