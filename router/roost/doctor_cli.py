@@ -16,7 +16,7 @@ from roost.text_table import duration, percent, shadow_text
 if TYPE_CHECKING:
     from roost_router.findings import Finding
     from roost_router.fleet_page import FleetPage
-    from roost_router.hit_ladder import ModelLadder, Rung
+    from roost_router.rungs import ModelLadder, Rung
 
 #: A loss below needs no cure.
 _MIN_LOSS = 0.01

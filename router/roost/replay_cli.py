@@ -30,7 +30,7 @@ _PEERS = ("sglang-router", "smg", "vllm-router")
 @click.option(
     "--dynamo-python",
     type=FILE,
-    help="Python of an environment with ai-dynamo: see replay/dynamo.py.",
+    help="Python of an environment with ai-dynamo: see replay/dynamo_peer.py.",
 )
 @click.option("--rounds", type=_SOME, default=1, help="Rounds for each median.")
 @click.option("--load", type=_POSITIVE, help="Of the fleet.  [default: 0.85; real engines: 0.7]")

@@ -26,7 +26,7 @@ from roost.text_table import duration, percent, seconds, shadow_text, table
 
 if TYPE_CHECKING:
     from roost_router.fleet_page import FleetPage, ReplicaRow
-    from roost_router.hit_ladder import ModelLadder, Rung
+    from roost_router.rungs import ModelLadder, Rung
 
 _INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from roost_router.policy.fair_queue import MAX_HELD
 from roost_router.policy.registry import DEFAULT_POLICY
 from roost_router.replica_url import ReplicaUrlError, check_replica_url
 
@@ -33,7 +34,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
     max_requests: int = 16384  # being served at once; beyond: 503
-    max_held: int = 4096  # of them, waiting for a replica that can start them, of each model
+    max_held: int = MAX_HELD  # of them, waiting for a replica that can start them, of each model
     max_connections: int = 32768  # of clients; fewer if the process may not open so many files
     max_connections_per_address: int = 16384  # one client, or one proxy, never takes all
     head_timeout_s: float = 10.0  # for a request's head, and for the first request

@@ -11,6 +11,8 @@
     │   ├── BodyTooLargeError      413  body_too_large
     │   └── EncodingError          415  unsupported_encoding
     ├── OverloadError              503  too_many_connections, too_many_requests: we are full
+    │   ├── HeldTooManyError       503  too_many_held
+    │   └── StoppedError           503  router_stopped
     └── FleetError                 a replica, or all of them, is at fault; later may work
         ├── NoReplicaError         503  no_replica
         ├── RetryBudgetError       503  retry_budget_spent
@@ -173,7 +175,7 @@ class HeldTooManyError(OverloadError):
     code = "too_many_held"
 
     def __init__(self, num_held: int) -> None:
-        super().__init__(f"every replica is busy, and {num_held} requests wait for one already")
+        super().__init__(f"no replica can start this soon, and {num_held} requests wait already")
 
 
 class StoppedError(OverloadError):

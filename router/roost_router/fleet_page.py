@@ -12,9 +12,9 @@ import msgspec
 
 from roost_router.findings import Finding, find
 from roost_router.fleet.health import Circuit
-from roost_router.hit_ladder import RUNGS, ModelLadder, Rung
 from roost_router.policy.shadow import ShadowReport
-from roost_router.recent import Told, Traffic
+from roost_router.rungs import RUNGS, ModelLadder, Rung
+from roost_router.traffic import Told, Traffic
 from roost_wire.load_report import LoadReport
 
 if TYPE_CHECKING:

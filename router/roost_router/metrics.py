@@ -24,8 +24,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from roost_router.hit_ladder import RUNGS, HitLadder, ModelLadder
+from roost_router.hit_ladder import HitLadder
 from roost_router.recent import RecentTraffic
+from roost_router.rungs import RUNGS, ModelLadder
 
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
@@ -106,6 +107,10 @@ class RouterMetrics(Collector):
         """Export gauges of `placer`'s fleet and index, and the hit ladder."""
         self.registry.register(_FleetCollector(placer))
         self.registry.register(_LadderCollector(placer, self))
+
+    def watch_held(self, num_held: Callable[[], int]) -> None:
+        """Export how many requests wait in the router, as `num_held` says."""
+        self.registry.register(_HeldCollector(num_held))
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""
@@ -255,6 +260,20 @@ class _FleetCollector(Collector):
         blocks = GaugeMetricFamily(_PREFIX + "index_blocks", "Distinct blocks in the index.")
         blocks.add_metric((), len(index))
         yield blocks
+
+
+class _HeldCollector(Collector):
+    """Requests that wait for a replica that can start them."""
+
+    def __init__(self, num_held: Callable[[], int]) -> None:
+        self._num_held = num_held
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the current value."""
+        text = "Requests held until a replica can start them."
+        family = GaugeMetricFamily(_PREFIX + "held_requests", text)
+        family.add_metric((), self._num_held())
+        yield family
 
 
 class _LadderCollector(Collector):

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from roost_router.fleet.kv_release import KvRelease
-from roost_router.policy.cost import CostPolicy, cost_s, interference, prefill_s, start_s
+from roost_router.policy.cost import CostPolicy, cost_s, interference, prefill_s, price, start_s
 from roost_router.policy.interface import Candidate
 
 
@@ -66,7 +66,12 @@ def test_cost_is_start_and_own_prefill_at_its_price():
 
     # Own prefill of 1 s, times 1.25 for the streams, 2 for the price and 0.12 for decoding; and
     # ten steps beside four streams of 0.125 s.
-    assert cost_s(busy, 3.0) == pytest.approx(3.0 + 3.37 + 5.0)
+    assert cost_s(busy, 3.0, 2.0) == pytest.approx(3.0 + 3.37 + 5.0)
+
+
+def test_the_price_is_the_share_that_has_a_queue():
+    idle, busy = candidate(), candidate(queued_tokens=1)
+    assert [price([idle]), price([idle, busy]), price([busy])] == [0.0, 5.0, 10.0]
 
 
 def pick(*candidates: Candidate, seed: int = 0) -> int:
@@ -77,9 +82,12 @@ def test_a_warm_replica_wins_over_an_idle_cold_one():
     assert pick(candidate(), candidate(uncached_tokens=10, queued_tokens=500)) == 1
 
 
-def test_waiting_for_longer_than_three_times_the_prefill_makes_a_second_holder():
-    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=3000)) == 1
-    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=3100)) == 0
+def test_waiting_for_longer_than_the_prefill_at_its_price_makes_a_second_holder():
+    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=6 * 1000)) == 1
+    assert pick(candidate(), candidate(uncached_tokens=0, queued_tokens=6 * 1030)) == 0
+    idle = [candidate() for _ in range(9)]  # of which a tenth is busy: half the price
+    assert pick(*idle, candidate(uncached_tokens=0, queued_tokens=2 * 1000)) == 9
+    assert pick(*idle, candidate(uncached_tokens=0, queued_tokens=2 * 1030)) < 9
 
 
 def test_running_streams_push_cold_work_away():
@@ -105,7 +113,7 @@ def test_what_waits_in_the_router_costs_and_does_not_delay_the_start():
     decision, starts_s = CostPolicy().pick_behind(both, Random(1), {"a": 9.0, "b": 0.0}.__getitem__)
 
     assert (decision.chosen, starts_s) == (1, 0.0)
-    assert decision.costs_s[0] == pytest.approx(9.0 + 3.0)
+    assert decision.costs_s[0] == pytest.approx(9.0 + 1.0)
 
 
 def test_kv_is_released_at_the_rate_that_was_seen_lately():

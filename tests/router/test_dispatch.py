@@ -151,7 +151,7 @@ def test_the_limit_holds_at_its_edge():
     for name in "abc":
         bench.offer(Asked(name))
     assert bench.dispatcher.num_held == 2
-    with pytest.raises(HeldTooManyError, match="2 requests wait for one already") as caught:
+    with pytest.raises(HeldTooManyError, match="2 requests wait already") as caught:
         bench.offer(Asked("d"))
     assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
 

@@ -13,7 +13,7 @@ from roost_router.findings import (
     find,
 )
 from roost_router.fleet_page import Ejection, ReplicaRow
-from roost_router.recent import Told, Traffic
+from roost_router.traffic import Told, Traffic
 from roost_wire.load_report import LoadReport
 
 UNIX_S = 1_800_000_000.0

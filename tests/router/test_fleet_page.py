@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from asking import complete, fleet, get
 
-from roost_router.hit_ladder import RUNGS
+from roost_router.rungs import RUNGS
 
 
 async def test_a_router_that_served_nobody_yet(start_router, replicas):

@@ -13,9 +13,7 @@ from roost_router.hit_ladder import (
     MAX_BLOCKS,
     MAX_BLOCKS_OF_A_MODEL,
     MAX_MODELS,
-    RUNGS,
     HitLadder,
-    Ladder,
 )
 from roost_router.http.record import RequestRecord
 from roost_router.index.prefix_index import PrefixIndex
@@ -23,6 +21,7 @@ from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement, Placer
 from roost_router.policy.cost import CostPolicy
 from roost_router.policy.round_robin import RoundRobin
+from roost_router.rungs import RUNGS, Ladder
 from roost_wire.load_report import LoadReport
 
 LIMITS = RouterConfig(replicas=("http://127.0.0.1:8101",))

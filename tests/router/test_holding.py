@@ -50,6 +50,11 @@ class Clients:
             await until(lambda n=number: self.num_held == n)
         return [busy, *held]
 
+    async def metrics(self) -> bytes:
+        url = "http://{}:{}/metrics".format(*self.router.admin_address)
+        async with self._session.get(url) as answer:
+            return await answer.read()
+
     @property
     def num_held(self) -> int:
         return self.router.service.dispatcher.num_held
@@ -65,6 +70,7 @@ async def clients(start_router, replicas):
 async def test_a_held_request_goes_out_when_its_replica_can_start_it(clients):
     tasks = await clients.hold("first ", "second ")
     assert len(clients.replica.bodies) == 1
+    assert b"roost_router_held_requests 2.0" in await clients.metrics()
 
     clients.replica.gate.set()
     answers = await asyncio.gather(*tasks)

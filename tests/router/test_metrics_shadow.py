@@ -104,7 +104,7 @@ async def test_it_sees_live_traffic_and_is_shown(start_router, replicas):
     _, metrics, _ = await get(router, "/metrics")
 
     assert page.shadow.policy == "first"
-    assert page.shadow.num_decisions >= 4
+    assert page.shadow.num_decisions >= 3  # then the failing one is ejected, and there is no choice
     assert page.shadow.num_failed == 0
     assert b'roost_router_shadow_agreement_share{policy="first"}' in metrics
     assert b'roost_router_shadow_wait_seconds{policy="first"}' in metrics

@@ -124,8 +124,8 @@ def test_a_request_waits_for_the_replica_that_holds_its_prefix():
 def test_a_hot_prefix_gets_another_holder_once_too_many_wait_for_the_first():
     """Those held are queue, too: else all wait for one replica, and the others idle."""
     late = late_binding()
-    # Costs 1 + 0.3 on the one that holds the prefix, and 0.1 for each that waits; 2.04 elsewhere.
-    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.68, "idle")]
+    # Costs 1 + 0.6 on the one that holds the prefix, and 0.1 for each that waits; 2.34 elsewhere.
+    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.39, "idle")]
 
     taken = [offer(late, number, both, 0.0) for number in range(9)]
 
@@ -151,7 +151,7 @@ def test_held_requests_count_those_before_them_only():
     for number in range(10):
         offer(late, number, [candidate(9.0, 0.1, "hot")], 0.0)
 
-    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.68, "idle")]
+    both = [candidate(1.0, 0.1, "hot"), candidate(0.0, 0.39, "idle")]
     bound = [(held.request, decision.chosen) for held, decision in looked(late, lambda _: both)]
 
     assert [(8, 1), (9, 1)] == bound

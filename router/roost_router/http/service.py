@@ -93,6 +93,7 @@ class DataService:
         self.placer = placer
         self.dispatcher: Dispatcher[Exchange] = Dispatcher(placer, rng, config.max_held)
         self.metrics = metrics
+        metrics.watch_held(lambda: self.dispatcher.num_held)
         self.receipts = Receipts()
         self.now: Callable[[], float] = now
         self.max_body_bytes = config.max_body_bytes

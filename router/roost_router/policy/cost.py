@@ -5,13 +5,13 @@
     w_i     = f_i * queued_i / prefill_i                             the queue before it
     m_i     = max(0, queued_i + uncached_i - free_i) / release_i     until its KV blocks are free
     start_i = max(w_i, m_i)
-    cost_i  = start_i + p_i * (f_i + PRICE + DECODE_WEIGHT * decoding_i)
+    cost_i  = start_i + p_i * (f_i + mu + DECODE_WEIGHT * decoding_i)
               + DECODE_STEPS * decoding_i * decode_s_i
+    mu      = MAX_PRICE * (share of the candidates that have a queue)
 
-The first two terms are the wait of this request. PRICE is what it costs the others: a second of
-prefill keeps whoever comes next waiting, more than one of them on a busy replica. Without it the
-third sibling of a burst leaves the replica that is just computing their prefix and computes it
-again elsewhere, to save itself milliseconds.
+The first two terms are the wait of this request. mu is what it costs the others: a second of
+prefill on a busy fleet keeps many waiting, on an idle one nobody, and there a second holder of a
+hot prefix costs nothing and is worth something.
 
 The last term is its decoding: a step takes decode_s longer for each stream that is running, and
 DECODE_STEPS of them count. Of a few hundred that an answer has, since a second more of decoding is
@@ -32,8 +32,8 @@ lately is taken (its cache has the most room for this prompt), then one at rando
 cache is thin take few misses (slow_start.py).
 
 Sources: the shape is that of the design which docs/decisions/0004 quotes; 0018 has our own
-simulations. Rejected there: a price that rises with the share of busy replicas, up to 10, moved
-mean TTFT by 3 % at most and made four routers that share nothing worse.
+simulations. Rejected there: a price averaged over ten seconds, x / (1 - x) of the share x, and
+constant ones: 0 is best for 32 idle replicas, 2 for 8 busy ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 CHUNK_TOKENS: Final = 2048
 DECODE_WEIGHT: Final = 0.03
 DECODE_STEPS: Final = 10.0
-PRICE: Final = 2.0
+MAX_PRICE: Final = 10.0
 TIE_S: Final = 0.001
 
 
@@ -74,10 +74,10 @@ class CostPolicy:
         it is in the cost, but not in when this one would start, for there it is not. O(candidates).
         """
         starts = [start_s(candidate) for candidate in candidates]
-        costs = []
+        mu, costs = price(candidates), []
         for candidate, starts_s in zip(candidates, starts, strict=True):
             ahead_s = interference(candidate) * waiting_s(candidate.name)
-            costs.append(cost_s(candidate, starts_s + ahead_s))
+            costs.append(cost_s(candidate, starts_s + ahead_s, mu))
         chosen = _pick_least(candidates, costs, rng)
         if candidates[chosen].is_thin:
             chosen = _pick_fuller(candidates, costs, chosen, rng)
@@ -112,9 +112,18 @@ def start_s(candidate: Candidate) -> float:
     return max(waits_s, short / release)
 
 
-def cost_s(candidate: Candidate, starts_s: float) -> float:
-    """Seconds that the request waits there, and that it makes others wait."""
-    factor = interference(candidate) + PRICE + DECODE_WEIGHT * candidate.num_decoding
+def price(candidates: Sequence[Candidate]) -> float:
+    """mu: seconds that a second of prefill costs others."""
+    num_busy = 0
+    for candidate in candidates:
+        if candidate.queued_tokens > 0:
+            num_busy += 1
+    return MAX_PRICE * num_busy / len(candidates)
+
+
+def cost_s(candidate: Candidate, starts_s: float, mu: float) -> float:
+    """Seconds that the request waits there, and that it makes others wait at price `mu`."""
+    factor = interference(candidate) + mu + DECODE_WEIGHT * candidate.num_decoding
     decode_s = DECODE_STEPS * candidate.num_decoding * candidate.decode_s
     return starts_s + prefill_s(candidate) * factor + decode_s
 

@@ -30,7 +30,7 @@ from heapq import heapify, heappop, heapreplace
 from typing import Final, Generic, TypeVar
 
 AGEING: Final = 0.05
-MAX_HELD: Final = 1024
+MAX_HELD: Final = 4096
 
 Request = TypeVar("Request")
 
