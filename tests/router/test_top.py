@@ -122,7 +122,8 @@ class Terminal:
                 f"import os; os.login_tty(0); os.execv({command[0]!r}, {command})",
             ],
             stdin=self._side,
-            env=dict(os.environ),  # without the COLUMNS that readline gives to children of pytest
+            # Readline gives children of pytest a COLUMNS, which would hide the terminal's own.
+            env={k: v for k, v in os.environ.items() if k not in {"COLUMNS", "LINES"}},
         )
         os.set_blocking(self.main, False)
 
