@@ -205,7 +205,10 @@ class Placer:
         depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
-        kinds, unseen = _unseen_kinds(chain, depths, replicas), self._unseen(fields.model)
+        kinds: list[int] = []
+        if fleet.others_seen:
+            kinds = _unseen_kinds(chain, depths, replicas)
+        unseen = self._unseen(fields.model)
         is_thin = thin([self.index.num_bytes(replica.holder) for replica in replicas])
         candidates = []
         for number, replica in enumerate(replicas):

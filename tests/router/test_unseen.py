@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from roost_router.fleet.fleet import Fleet
+from roost_router.fleet.fleet import MIN_OTHERS, Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.unseen import (
     MEMORY_TOKENS,
@@ -93,11 +93,12 @@ def test_figures_that_cannot_be_do_no_harm(uncached, found):
     assert unseen.share(1) == 0.0
 
 
-def make_placer(urls: list[str], seed: int) -> Placer:
+def make_placer(urls: list[str], seed: int, num_running: int = MIN_OTHERS + 1) -> Placer:
+    """`num_running`: requests that each replica reports, none of them this router's."""
     index = PrefixIndex()
     fleet = Fleet(index, urls)
     for replica in fleet.replicas:
-        fleet.answered(replica, ["m"], LoadReport())
+        fleet.answered(replica, ["m"], LoadReport(num_running=num_running))
     return Placer(index, fleet, CostPolicy, Random(seed))
 
 
@@ -135,3 +136,16 @@ def test_what_others_computed_is_expected_there_once_it_was_found():
 
     assert before.hoped_tokens == pytest.approx(PRIOR_SHARE * before.prompt_tokens)
     assert after.hoped_tokens > 0.6 * after.prompt_tokens
+
+
+def test_a_router_that_is_alone_expects_nothing_and_spreads():
+    placer = make_placer([f"http://replica-{number}" for number in range(4)], 1, MIN_OTHERS)
+    homes = []
+    for number in range(4):
+        fields = RoutingFields("m", stream=True, prompt=b"document %d " % number * 900)
+        placement = placer.place(fields, 5.0 * number)
+        assert not any(candidate.hoped_tokens for candidate in placement.candidates)
+        placer.first_byte(placement, 5.0 * number + 0.5, streamed=True)
+        placer.finish(placement, 5.0 * number + 1.0)
+        homes.append(placement.replica.name)
+    assert sorted(homes) == ["r0", "r1", "r2", "r3"]

@@ -33,6 +33,8 @@ PRIOR_BYTES_PER_TOKEN = 4.0
 _DEFAULT_BYTES = int(DEFAULT_KV_CAPACITY_TOKENS * PRIOR_BYTES_PER_TOKEN)
 #: With a larger share of the replicas ejected, none counts as ejected.
 PANIC_SHARE = 0.5
+#: More requests than this router's by so many may have ended while the report was on its way.
+MIN_OTHERS = 2
 #: Capacity in bytes is set anew only when it moved by more than this share.
 _RESIZE_SHARE = 0.05
 #: And looked at only when the density moved by more than this.
@@ -50,6 +52,8 @@ class Fleet:
         self._calm: dict[str, list[Replica]] = {}
         #: By what makes replicas alike; see `_share_fit`.
         self._prefills: dict[tuple[tuple[str, ...], str, int], Prefill] = {}
+        #: A replica once had clearly more requests than this router gave it: there are other routers.
+        self.others_seen = False
         self._fitted: dict[str, float] = {}  # by model: bytes a token that capacities follow
         self.replicas = [
             Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
@@ -164,9 +168,10 @@ class Fleet:
         replica.num_failed_polls = 0
         replica.models = tuple(models)
         replica.report = report
-        replica.num_others = max(
-            0, (report.num_running or 0) + (report.num_waiting or 0) - replica.num_in_flight
-        )
+        num_reported = (report.num_running or 0) + (report.num_waiting or 0)
+        replica.num_others = max(0, num_reported - replica.num_in_flight)
+        if replica.num_others > MIN_OTHERS:
+            self.others_seen = True
         if report.started_at is not None:  # a page that lacks it once does not unmake it
             replica.started_at = report.started_at
         if report.kv_capacity_tokens is not None:

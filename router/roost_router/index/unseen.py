@@ -1,17 +1,16 @@
 """What replicas may hold of a prompt that this router has not seen go there. Pure.
 
-Other routers place requests, too, and a restarted router has forgotten its own. So of the part of
-a prompt that nobody is known to hold, a share may be cached all the same, and routers that share
-nothing can still agree where: each ranks the replicas by a hash (rendezvous hashing) of the first
-block that is unknown and of the replica's URL. What one router computed on the first in rank, the
-next one expects there.
+Other routers place requests, too (that there are some is seen in what replicas report; without them
+none of this applies). So of the part of a prompt that nobody is known to hold, a share may be
+cached all the same, and routers that share nothing can still agree where: each ranks the replicas
+by a hash (rendezvous hashing) of the first block that is unknown and of the replica's URL. What one
+router computed on the first in rank, the next one expects there.
 
 How much to expect is learnt, from the cached tokens that replicas report: for each *kind* the share
 of the tokens believed uncached that were cached after all. Kinds are rank 0, 1, 2 or later, each
 for replicas that hold the deepest known part of the prompt and for those that do not: the next turn
-of a conversation is where the last one was, even if others brought it there. With one router the
-shares fall to nothing and the ranks only break ties; rank 0 keeps MIN_SHARE, so that routers that
-join later find each other.
+of a conversation is where the last one was, even if others brought it there. Rank 0 keeps
+MIN_SHARE, so that routers that join later find each other.
 
 Source: own simulations (`roost sim`, four routers, 8 replicas, three traces): 0.79 of the best peer
 policy's mean TTFT instead of 0.96, hit rate of shared documents 0.80 instead of 0.69. Rendezvous
