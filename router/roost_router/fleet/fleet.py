@@ -52,7 +52,7 @@ class Fleet:
         self._calm: dict[str, list[Replica]] = {}
         #: By what makes replicas alike; see `_share_fit`.
         self._prefills: dict[tuple[tuple[str, ...], str, int], Prefill] = {}
-        #: A replica once had clearly more requests than this router gave it: there are other routers.
+        #: A replica once had clearly more requests than this router gave it: others do, too.
         self.others_seen = False
         self._fitted: dict[str, float] = {}  # by model: bytes a token that capacities follow
         self.replicas = [
