@@ -391,6 +391,8 @@ class Exchange:
         )
         body = self._body
         upstream.send(self, [start + body] if len(body) <= _MAX_JOINED_BYTES else [start, body])
+        if self._is_paused:  # since before this leg
+            upstream.pause()
 
     def _note_progress(self, num_events: int) -> None:
         """Tokens came. The head says nothing: many servers send it at once."""
