@@ -6,14 +6,12 @@ The index holds many other conversations on all replicas, so lookups miss the CP
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from random import Random
-from statistics import median
 
 from xxhash import xxh3_64_intdigest
 
+from roost_loadtest.median_us import median_us
 from roost_router.app import build_placer
 from roost_router.config import RouterConfig
 from roost_router.index.text_chain import TEXT_BLOCK_BYTES, text_chain
@@ -34,10 +32,10 @@ def bench_decide(*, num_replicas: int, num_blocks: int, rounds: int) -> None:
         fields = RoutingFields("m", stream=True, prompt=prompt)
         _decide(placer, fields)  # resident from now on
         chain, holders = text_chain(prompt), (1 << num_replicas) - 1
-        once = _us(partial(xxh3_64_intdigest, prompt), rounds)
-        hashing = _us(partial(text_chain, prompt), rounds)
-        lookup = _us(partial(placer.index.lookup, chain, holders), rounds)
-        decide = _us(partial(_decide, placer, fields), rounds)
+        once = median_us(partial(xxh3_64_intdigest, prompt), rounds)
+        hashing = median_us(partial(text_chain, prompt), rounds)
+        lookup = median_us(partial(placer.index.lookup, chain, holders), rounds)
+        decide = median_us(partial(_decide, placer, fields), rounds)
         print(
             f"{size >> 10:>6} KB {once:>7.1f} µs {hashing:>6.1f} µs {lookup:>6.1f} µs "
             f"{decide:>6.1f} µs {decide / once:>7.1f}"
@@ -61,17 +59,3 @@ def _filled_placer(num_replicas: int, num_blocks: int) -> Placer:
         prompt = rng.randbytes(64 << 10)
         _decide(placer, RoutingFields("m", stream=False, prompt=prompt))
     return placer
-
-
-def _us(work: Callable[[], object], rounds: int) -> float:
-    """Median µs of one call, over `rounds` batches of about a millisecond."""
-    started = time.perf_counter()
-    work()
-    batch = max(1, int(0.001 / (time.perf_counter() - started)))
-    took: list[float] = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        for _ in range(batch):
-            work()
-        took.append((time.perf_counter() - started) / batch)
-    return median(took) * 1e6

@@ -15,12 +15,12 @@ import time
 import tracemalloc
 from array import array
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from random import Random
 from statistics import median
 
 from roost_loadtest.local_processes import resident_bytes
+from roost_loadtest.median_us import median_us
 from roost_router.index.text_chain import chain_bytes, text_chain
 from roost_router.index.token_index import TokenIndex
 from roost_router.index.token_knowledge import TokenKnowledge, hash_prompt
@@ -73,8 +73,8 @@ def _bench_lookup(num_holders: int, num_blocks: int, rounds: int) -> None:
         knowledge.bind(texts, hash_prompt(tokens, knowledge.block_sizes(), None, None), certain)
         binding = knowledge.binding(_SIZE)
         assert binding is not None
-        by_chain = _us(partial(index.lookup, chain, everyone), rounds)
-        by_text = _us(partial(binding.lookup, index, texts, everyone), rounds)
+        by_chain = median_us(partial(index.lookup, chain, everyone), rounds)
+        by_text = median_us(partial(binding.lookup, index, texts, everyone), rounds)
         print(
             f"{name:<34} {by_chain:>7.1f} µs {by_text:>7.1f} µs {by_chain / _GOAL_LOOKUP_US:>8.2f}"
         )
@@ -224,17 +224,3 @@ def _part(event: BlockStored, at: int, num_blocks: int) -> BlockStored:
         _SIZE,
         event.tier,
     )
-
-
-def _us(work: Callable[[], object], rounds: int) -> float:
-    """Median µs of one call, over `rounds` batches of about a millisecond."""
-    started = time.perf_counter()
-    work()
-    batch = max(1, int(0.001 / (time.perf_counter() - started)))
-    took: list[float] = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        for _ in range(batch):
-            work()
-        took.append((time.perf_counter() - started) / batch)
-    return median(took) * 1e6

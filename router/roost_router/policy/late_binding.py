@@ -113,7 +113,7 @@ class Look(Generic[Request]):
 
     def decide(self, held: Held[Request], candidates: Sequence[Candidate]) -> Decision | None:
         """Where a held request goes, which is held no more; None: it waits on. O(candidates)."""
-        if not any(_is_open(candidate, self._hold_s) for candidate in candidates):
+        if not any(_starts_soon(one, queue_s(one), self._hold_s) for one in candidates):
             self.is_over = True
             return None
         decision, starts_s = self._policy.pick_behind(candidates, self._rng, self._waiting_s)
@@ -131,9 +131,5 @@ class Look(Generic[Request]):
         return self._ahead_s.get(replica, 0.0)
 
 
-def _is_open(candidate: Candidate, hold_s: float) -> bool:
-    return queue_s(candidate) <= hold_s or not candidate.is_speed_known
-
-
-def _starts_soon(best: Candidate, starts_s: float, hold_s: float) -> bool:
-    return starts_s <= hold_s or not best.is_speed_known
+def _starts_soon(candidate: Candidate, starts_s: float, hold_s: float) -> bool:
+    return starts_s <= hold_s or not candidate.is_speed_known
