@@ -62,8 +62,10 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-def ask(admin: str, path: str, key: str | None, timeout_s: float = 10.0) -> tuple[int, bytes]:
-    """Status and body of a page.
+def ask(
+    admin: str, path: str, key: str | None, timeout_s: float = 10.0, *, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """Status and body of a page. `body`: to be posted.
 
     Raises NoAnswerError, and click.BadParameter for an `admin` that is no address.
     """
@@ -79,7 +81,7 @@ def ask(admin: str, path: str, key: str | None, timeout_s: float = 10.0) -> tupl
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        connection.request("GET", path, headers=headers)
+        connection.request("GET" if body is None else "POST", path, body, headers)
         answer = connection.getresponse()
         return answer.status, answer.read(_MAX_PAGE_BYTES)
     except (OSError, http.client.HTTPException) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from roost.bench_cli import bench
-from roost.cli_parts import FILE, PORT, WEIGHTS, needing_engine
+from roost.cli_parts import FILE, PORT, TOKENIZER, WEIGHTS, needing_engine
 from roost.doctor_cli import doctor
 from roost.explain_cli import explain
 from roost.sim_cli import sim
@@ -71,6 +71,27 @@ def main(verbose: bool) -> None:
     "`roost doctor` show how it would have done.",
 )
 @click.option(
+    "--tokenizer",
+    "tokenizers",
+    multiple=True,
+    type=TOKENIZER,
+    metavar="MODEL=FOLDER",
+    help="Follow the KV events of replicas of MODEL, whose prompts are tokenised with the Hugging "
+    "Face folder's tokenizer and chat template. Needs the extra: roost[tokens]. Repeat for each.",
+)
+@click.option(
+    "--tokenizer-workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Processes that tokenise, beside the requests' path.",
+)
+@click.option(
+    "--kv-index-mb",
+    type=click.IntRange(1),
+    default=256,
+    help="Memory for what KV events tell: some 40,000 blocks of KV a MiB.",
+)
+@click.option(
     "--drain",
     "drain_s",
     type=click.FloatRange(0.0),
@@ -80,7 +101,7 @@ def main(verbose: bool) -> None:
 @click.option(
     "--max-held",
     type=click.IntRange(1),
-    default=4096,
+    default=16384,
     help="Requests of each model that wait for a replica that can start them; beyond: 503.",
 )
 @click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +14,25 @@ WEIGHTS = click.Choice(["stored", "float32", "bfloat16"])
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+class _Tokenizer(click.ParamType[tuple[str, Path]]):
+    """MODEL=FOLDER. Models' ids may have a = themselves, folders of tokenizers hardly ever."""
+
+    name = "model=folder"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        model, equals, folder = str(value).rpartition("=")
+        if not equals or not model:
+            self.fail(f"{value!r} is not MODEL=FOLDER", param, ctx)
+        if not (Path(folder) / "tokenizer.json").is_file():
+            self.fail(f"there is no tokenizer.json in {folder!r}", param, ctx)
+        return model, Path(folder)
+
+
+TOKENIZER = _Tokenizer()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ GET /ready         200 while requests can be placed, else 503 (readiness); 503 w
 GET /metrics       Prometheus
 GET /fleet         replicas, totals, hit ladder, findings, as JSON (fleet_page.py)
 GET /explain/{id}  why the request of that x-request-id went where it went (explanation.py)
+POST /explain      where the request in the body would go now; it goes nowhere
 GET /              the dashboard: a page, with its files beside it, that shows /fleet
 
 With admin keys, all but the first two and the dashboard ask for one: orchestrators probe without,
@@ -41,19 +42,20 @@ from roost_router.errors import (
     ReceiptNotFoundError,
     RouterError,
 )
-from roost_router.explanation import explain
+from roost_router.explanation import dry_run, explain
 from roost_router.fleet_page import Moment, fleet_page
 from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header
 from roost_router.http.ready import Ready, error_headers, whole_answer
 from roost_router.http.service import DataService
 from roost_router.http.serving import Answering, Request, ServiceLimits
+from roost_router.openai_request import guess_path, read_routing_fields
 from roost_router.receipts import MAX_RECEIPTS
 
 #: Probes and scrapers are few. service.py leaves file descriptors for so many.
 MAX_CONNECTIONS = 64
-#: No page reads a body; who sends one all the same may keep its connection.
-_MAX_BODY_BYTES = 64 * 1024
+#: Only POST /explain reads a body: prompts of a million tokens fit.
+_MAX_BODY_BYTES = 4 << 20
 #: How often connections are looked at, in seconds: their limits are of many.
 _CHECK_S = 1.0
 #: Seconds for the last answers to be sent.
@@ -61,6 +63,7 @@ _FLUSH_S = 0.5
 #: Clocks that part by more were not read late: the calendar was set.
 _CALENDAR_SET = timedelta(seconds=1)
 _EXPLAIN = "/explain/"
+_DRY_RUN = "/explain"
 _log = logging.getLogger(__name__)
 
 
@@ -168,6 +171,10 @@ class AdminService:
             if keys.owner(given) is None:
                 raise KeyRequiredError(has_key=bool(given))
         make: Callable[[], _Page] | None
+        if path == _DRY_RUN:
+            if request.method != b"POST":
+                raise MethodNotAllowedError(request.method.decode("latin-1"), path, "POST")
+            return self._dry_run(request.body)
         if path.startswith(_EXPLAIN):
             make = partial(self._explain, path.removeprefix(_EXPLAIN))
         else:
@@ -207,7 +214,8 @@ class AdminService:
             service.is_draining,
         )
         num_held = service.dispatcher.num_held
-        page = fleet_page(service.placer, service.metrics, moment, num_held)
+        streams = None if service.follower is None else service.follower.status()
+        page = fleet_page(service.placer, service.metrics, moment, num_held, streams)
         return _Page(msgspec.json.encode(page))
 
     def _explain(self, quoted_id: str) -> _Page:
@@ -217,6 +225,12 @@ class AdminService:
         if packed is None:
             raise ReceiptNotFoundError(len(receipts), MAX_RECEIPTS)
         return _Page(msgspec.json.encode(explain(request_id, packed, self._date)))
+
+    def _dry_run(self, body: bytes) -> _Page:
+        service = self._service
+        fields = read_routing_fields(guess_path(body), body)
+        options = service.placer.weigh(fields, service.now())
+        return _Page(msgspec.json.encode(dry_run(options, service.placer.decide(options))))
 
     def _date(self, moment: float) -> str:
         """`moment` on the router's own clock, as a date.

@@ -22,13 +22,21 @@ from roost_router.config import ConfigError, RouterConfig
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
 from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.token_knowledge import TokenKnowledge
+from roost_router.kv.follow import KvFollower
 from roost_router.listening import BACKLOG, REPLACED, bind, inherited
 from roost_router.metrics import RouterMetrics
 from roost_router.placement import Placer
 from roost_router.policy.registry import PolicyError, make_policy
 from roost_router.policy.shadow import Shadow
 from roost_router.poll import Poller
+from roost_router.tokens.drift import DriftChange
+from roost_router.tokens.prompts import PromptTokens
+from roost_router.tokens.service import TokenizerStartError
+from roost_router.told_residency import ToldResidency
 
+#: Of the memory for what KV events tell: for the text that it stands for.
+_BINDING_SHARE = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +49,22 @@ def build_placer(config: RouterConfig, rng: Random) -> Placer:
             make_policy(config.shadow)
     except PolicyError as error:
         raise ConfigError(str(error)) from None
-    return Placer(index, Fleet(index, config.replicas), partial(make_policy, config.policy), rng)
+    fleet, make = Fleet(index, config.replicas), partial(make_policy, config.policy)
+    return Placer(index, fleet, make, rng, _told_residency(config))
+
+
+def _told_residency(config: RouterConfig) -> ToldResidency | None:
+    """What KV events tell; None where no tokenizer is given, without which they mean nothing."""
+    if not config.tokenizers:
+        return None
+    num_bytes = config.kv_index_mb << 20
+    binding_bytes = int(num_bytes * _BINDING_SHARE)
+    knowledge = TokenKnowledge(num_bytes - binding_bytes, binding_bytes)
+    return ToldResidency(knowledge, dict(config.tokenizers), _log_drift)
+
+
+def _log_drift(change: DriftChange) -> None:
+    _log.log(logging.WARNING if change.is_drifting else logging.INFO, "%s", change)
 
 
 class Router:
@@ -55,6 +78,8 @@ class Router:
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
         self._admin = AdminService(self.service, self.service.access, config)
         self.poller: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._tokens, self._follower = self._kv_parts()
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
@@ -71,6 +96,7 @@ class Router:
             )
             # A socket that another process opened may be one that other machines reach.
             config.check_hosts(data.getsockname()[0], admin.getsockname()[0])
+            await self._begin_following()
             data.listen(BACKLOG)
             await self._admin.listen(admin)
             await self._begin_polling()
@@ -92,6 +118,32 @@ class Router:
         await asyncio.wait({asked, self.poller}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
 
+    def _kv_parts(self) -> tuple[PromptTokens | None, KvFollower | None]:
+        """What follows KV events and tokenises prompts."""
+        config, placer, told = self._config, self.placer, self.placer.told
+        if told is None:
+            return None, None
+        authorization = self.service.access.replica_authorization
+        tokens = PromptTokens(
+            dict(config.tokenizers),
+            told,
+            placer.fleet.is_adapter,
+            num_workers=config.tokenizer_workers,
+        )
+        follower = KvFollower(placer.fleet, told.sink, authorization, time.monotonic)
+        self.service.metrics.watch_kv(told, tokens, follower)
+        return tokens, follower
+
+    async def _begin_following(self) -> None:
+        if self._tokens is None or self._follower is None:
+            return
+        try:
+            await self._tokens.start()
+        except TokenizerStartError as error:
+            raise ConfigError(f"--tokenizer: {error}") from None
+        self.service.tokens, self.service.follower = self._tokens, self._follower
+        self._following = asyncio.create_task(self._follower.run())
+
     async def stop(self, *, replaced: bool = False) -> None:
         """Drain: readiness first, then streams finish, then everything closes.
 
@@ -107,10 +159,13 @@ class Router:
         if replaced:
             await self._admin.close()
         await service.drain(config.drain_s)
-        if self.poller is not None:
-            self.poller.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self.poller
+        for task in (self.poller, self._following):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._tokens is not None:
+            await self._tokens.stop()
         await self._admin.close()
 
 

@@ -30,6 +30,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     connect_timeout_s: float = 2.0
     policy: str = DEFAULT_POLICY  # who gets a request; policy/registry.py
     shadow: str | None = None  # a second policy, asked for each placement and never followed
+    tokenizers: tuple[tuple[str, Path], ...] = ()  # by model: folders; none: no KV events
+    tokenizer_workers: int = 1  # processes
+    kv_index_mb: int = 256  # for what KV events tell, and what text it stands for
     max_attempts: int = 3  # replicas tried for a request before the first byte
     max_resumes: int = 3  # replicas tried for a stream after it
     max_body_bytes: int = 32 << 20
@@ -65,6 +68,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 check_replica_url(url)
             except ReplicaUrlError as error:
                 raise ConfigError(str(error)) from None
+        models = [model for model, _ in self.tokenizers]
+        if len(set(models)) != len(models):
+            raise ConfigError("two tokenizers are given for one model")
         last_admin_port = self.admin_port + (self.processes or 1) - 1
         if last_admin_port > 65535:
             raise ConfigError(f"admin port {last_admin_port} does not exist: choose a lower first")

@@ -1,4 +1,4 @@
-"""What a receipt says, for people and programs: the JSON of GET /explain/{id}. Pure.
+"""Why a request went, or would go, where: the JSON of GET /explain/{id} and POST /explain. Pure.
 
 The other half of receipts.py, and apart from it because what is compiled decodes nothing
 (docs/decisions/0016). `roost explain` reads the same structs again.
@@ -7,8 +7,13 @@ The other half of receipts.py, and apart from it because what is compiled decode
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from roost_router.placement import Options
+    from roost_router.policy.interface import Decision
 
 
 class CandidateRow(msgspec.Struct):
@@ -19,6 +24,7 @@ class CandidateRow(msgspec.Struct):
     uncached_tokens: int  # of the prompt, to be computed there
     queued_tokens: int  # placed there before, not yet computed
     num_decoding: int  # streams running
+    is_told: bool  # what is matched there: by its KV events, not by what was placed there
     cost_s: float | None  # what the policy predicted and compared; None: not finite
 
 
@@ -27,6 +33,17 @@ class RunnerUp(msgspec.Struct):
 
     replica: str
     behind_s: float | None  # its cost less the chosen one's; below 0, a tie or a guard decided
+
+
+class DryRun(msgspec.Struct):
+    """Where a request would go now."""
+
+    model: str
+    prompt_bytes: int
+    prompt_tokens: int  # estimated
+    replica: str
+    runner_up: RunnerUp | None
+    candidates: list[CandidateRow]
 
 
 class Attempt(msgspec.Struct):
@@ -65,7 +82,7 @@ class _PackedAttempt(msgspec.Struct, array_like=True):
     lost: str | None
     then: str | None
     costs_s: list[float]
-    candidates: list[tuple[str, int, int, int, int]]
+    candidates: list[tuple[str, int, int, int, int, bool]]
 
 
 class _Packed(msgspec.Struct, array_like=True):
@@ -105,22 +122,50 @@ def explain(request_id: bytes, packed: bytes, at: Callable[[float], str]) -> Exp
     )
 
 
+def dry_run(options: Options, decision: Decision) -> DryRun:
+    """What `decision` on `options` says. O(candidates)."""
+    rows = [
+        CandidateRow(
+            seen.name,
+            seen.matched_tokens,
+            seen.uncached_tokens,
+            seen.queued_tokens,
+            seen.num_decoding,
+            seen.is_told,
+            cost,
+        )
+        for seen, cost in zip(options.candidates, decision.costs_s, strict=True)
+    ]
+    chosen = decision.chosen
+    return DryRun(
+        options.fields.model,
+        len(options.fields.prompt),
+        options.candidates[chosen].prompt_tokens,
+        rows[chosen].replica,
+        _runner_up(rows, decision.costs_s, chosen),
+        rows,
+    )
+
+
 def _attempt(attempt: _PackedAttempt) -> Attempt:
     costs = attempt.costs_s
     candidates = [
         CandidateRow(*seen, cost) for seen, cost in zip(attempt.candidates, costs, strict=True)
     ]
-    others = [number for number in range(len(costs)) if number != attempt.chosen]
-    runner_up = None
-    if others:
-        second = min(others, key=costs.__getitem__)
-        runner_up = RunnerUp(candidates[second].replica, costs[second] - costs[attempt.chosen])
     return Attempt(
         candidates[attempt.chosen].replica,
         attempt.at_s,
         attempt.predicted_prefill_s,
         attempt.lost,
         attempt.then,
-        runner_up,
+        _runner_up(candidates, costs, attempt.chosen),
         candidates,
     )
+
+
+def _runner_up(rows: list[CandidateRow], costs_s: list[float], chosen: int) -> RunnerUp | None:
+    others = [number for number in range(len(costs_s)) if number != chosen]
+    if not others:
+        return None
+    second = min(others, key=costs_s.__getitem__)
+    return RunnerUp(rows[second].replica, costs_s[second] - costs_s[chosen])

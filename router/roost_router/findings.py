@@ -57,6 +57,26 @@ _CACHING: Final = {
     "tensorrt_llm": "set kv_cache_config.enable_block_reuse: true in the YAML file of trtllm-serve",
     "": "switch its prefix cache on; and see that no date or id stands at the start of prompts",
 }
+_EVENTS: Final = {
+    "vllm": """start vLLM with --kv-events-config '{"enable_kv_cache_events": true, """
+    """"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'""",
+    "sglang": """start SGLang with --kv-events-config '{"publisher": "zmq", """
+    """"endpoint": "tcp://*:5557"}'""",
+    "tensorrt_llm": "set kv_cache_config.event_buffer_max_size: 16384 in the YAML file of "
+    "trtllm-serve",
+    "roost": "start `roost serve` with --kv-events-endpoint tcp://*:5557 "
+    "--kv-events-replay-endpoint tcp://*:5558",
+    "": "none is known for this server; it is routed by what was placed there",
+}
+#: By why a stream of KV events is not exact (kv/trust.py).
+_UNTRUSTED: Final = {
+    "not_heard": "none came yet; see whether its port is open to the router",
+    "silent": "heartbeats are missing: see whether it hangs, or the network",
+    "late_join": "it began before the router: with a replay endpoint its past is told, too",
+    "gap": "events were lost: give it a replay endpoint, or its reset of the cache will mend it",
+    "undecodable": "events cannot be read: is it newer than this router?",
+    "digest": "what it told does not add up: please report it",
+}
 
 
 class Finding(msgspec.Struct):
@@ -89,6 +109,7 @@ def _of_replica(row: ReplicaRow, rows: Sequence[ReplicaRow], unix_s: float) -> I
         what = f"ejected ({left}): {row.ejection.reason}"
         yield Finding("warning", row.name, what, "see its log; a request that succeeds ends this")
     yield from _unreported(row)
+    yield from _untold(row)
     yield from _unlike(row, rows)
     started_at = row.reported.started_at
     if started_at is not None and started_at - unix_s > MAX_CLOCK_S:
@@ -116,6 +137,21 @@ def _unreported(row: ReplicaRow) -> Iterator[Finding]:
     elif not told.cached_tokens and told.matched_tokens >= MIN_MATCHED_TOKENS:
         what = f"took nothing of {told.matched_tokens:,} expected tokens from its cache"
         yield Finding("error", row.name, what, _cure(_CACHING, row))
+
+
+def _untold(row: ReplicaRow) -> Iterator[Finding]:
+    """What its KV events leave open, where they are followed."""
+    if row.kv_streams is not None and not row.kv_streams:
+        what = "publishes no KV events: what it evicts is guessed"
+        yield Finding("note", row.name, what, _cure(_EVENTS, row))
+    for stream in row.kv_streams or ():
+        if stream.trust != "exact":
+            what = f"KV events of rank {stream.rank} are {stream.trust.replace('_', ' ')}"
+            cure = _UNTRUSTED.get(stream.reason, "wait a moment")
+            yield Finding("note", row.name, what, cure)
+    for model in row.drifting:
+        what = f"counts the tokens of {model} differently: its KV events are not used"
+        yield Finding("warning", row.name, what, "give --tokenizer its own tokenizer and template")
 
 
 def _unlike(row: ReplicaRow, rows: Sequence[ReplicaRow]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ structs are the format; they are read again with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +20,7 @@ from roost_wire.load_report import LoadReport
 
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
+    from roost_router.kv.follow import StreamStatus
     from roost_router.metrics import RouterMetrics
     from roost_router.placement import Placer
 
@@ -28,6 +30,16 @@ class Ejection(msgspec.Struct):
 
     reason: str
     left_s: float  # 0: it is being probed with single requests
+
+
+class KvStreamRow(msgspec.Struct):
+    """One stream of KV events: of a replica, or of one of its data-parallel ranks."""
+
+    rank: int
+    dialect: str
+    trust: str  # exact, catching_up, approximate, blind: kv/trust.py
+    reason: str  # why it is not exact; "none" where it is
+    undecodable: int  # batches
 
 
 class ReplicaRow(msgspec.Struct):
@@ -49,6 +61,8 @@ class ReplicaRow(msgspec.Struct):
     reported: LoadReport  # its own figures as of the last poll
     traffic: Traffic
     told: Told
+    kv_streams: list[KvStreamRow] | None  # None: KV events are not followed
+    drifting: list[str]  # models whose tokens it counts differently
 
 
 class Totals(msgspec.Struct):
@@ -91,13 +105,19 @@ class Moment(msgspec.Struct):
     is_draining: bool
 
 
-def fleet_page(placer: Placer, metrics: RouterMetrics, moment: Moment, num_held: int) -> FleetPage:
-    """The page at `moment`. O(replicas + models).
+def fleet_page(
+    placer: Placer,
+    metrics: RouterMetrics,
+    moment: Moment,
+    num_held: int,
+    streams: Sequence[StreamStatus] | None = None,
+) -> FleetPage:
+    """The page at `moment`. O(replicas + models + streams).
 
-    `num_held`: requests that wait in the router.
+    `num_held`: requests that wait in the router. `streams`: of KV events; None: not followed.
     """
     now, fleet = moment.now, placer.fleet
-    rows = [_row(placer, metrics, replica, now) for replica in fleet.replicas]
+    rows = [_row(placer, metrics, replica, streams, now) for replica in fleet.replicas]
     return FleetPage(
         moment.at,
         moment.version,
@@ -121,7 +141,14 @@ def fleet_page(placer: Placer, metrics: RouterMetrics, moment: Moment, num_held:
     )
 
 
-def _row(placer: Placer, metrics: RouterMetrics, replica: Replica, now: float) -> ReplicaRow:
+def _row(
+    placer: Placer,
+    metrics: RouterMetrics,
+    replica: Replica,
+    streams: Sequence[StreamStatus] | None,
+    now: float,
+) -> ReplicaRow:
+    drifting = [] if placer.told is None else placer.told.drifting()
     return ReplicaRow(
         name=replica.name,
         url=replica.url,
@@ -139,7 +166,17 @@ def _row(placer: Placer, metrics: RouterMetrics, replica: Replica, now: float) -
         reported=replica.report,
         traffic=metrics.recent.traffic(replica.name, now),
         told=metrics.recent.told(replica.name, now),
+        kv_streams=None if streams is None else _kv_streams(streams, replica.name),
+        drifting=[model for model, name in drifting if name == replica.name],
     )
+
+
+def _kv_streams(streams: Sequence[StreamStatus], replica: str) -> list[KvStreamRow]:
+    return [
+        KvStreamRow(s.rank, s.dialect.value, s.trust.value, s.reason.value, s.num_undecodable)
+        for s in streams
+        if s.replica == replica
+    ]
 
 
 def _ejection(replica: Replica, now: float) -> Ejection | None:

@@ -25,14 +25,18 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from roost_router.hit_ladder import HitLadder
+from roost_router.kv_metrics import KvCollector
 from roost_router.recent import RecentTraffic
 from roost_router.rungs import RUNGS, ModelLadder
 
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
     from roost_router.http.record import RequestRecord
+    from roost_router.kv.follow import KvFollower
     from roost_router.placement import Placer
     from roost_router.policy.shadow import Shadow, ShadowReport
+    from roost_router.tokens.prompts import PromptTokens
+    from roost_router.told_residency import ToldResidency
 
 _BUCKETS_S: Final[tuple[float, ...]] = (
     0.005,
@@ -111,6 +115,10 @@ class RouterMetrics(Collector):
     def watch_held(self, num_held: Callable[[], int]) -> None:
         """Export how many requests wait in the router, as `num_held` says."""
         self.registry.register(_HeldCollector(num_held))
+
+    def watch_kv(self, told: ToldResidency, tokens: PromptTokens, follower: KvFollower) -> None:
+        """Export what is known from KV events."""
+        self.registry.register(KvCollector(told, tokens, follower))
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""

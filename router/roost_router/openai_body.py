@@ -48,6 +48,14 @@ class Embedding(msgspec.Struct):
     cache_salt: str | None = None
 
 
+class Kind(msgspec.Struct):
+    """Fields that tell for which path a body is."""
+
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
+
+
+decode_kind = msgspec.json.Decoder(Kind).decode
 decode_embedding = msgspec.json.Decoder(Embedding).decode
 decode_chat = msgspec.json.Decoder(Chat).decode
 decode_completion = msgspec.json.Decoder(Completion).decode

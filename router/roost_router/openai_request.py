@@ -24,7 +24,13 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from roost_router.errors import BadRequestError
 from roost_router.index.text_chain import text_chain
-from roost_router.openai_body import Chat, decode_chat, decode_completion, decode_embedding
+from roost_router.openai_body import (
+    Chat,
+    decode_chat,
+    decode_completion,
+    decode_embedding,
+    decode_kind,
+)
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -45,6 +51,8 @@ class RoutingFields:
         self.chain: Final = text_chain(prompt)  # of its blocks
         #: Of its first block, or of all of a shorter one: 64 bits.
         self.prompt_key: Final = self.chain[0] if self.chain else xxh3_64_intdigest(prompt)
+        #: Tokens of the prompt, once it was tokenised here (tokens/).
+        self.counted_tokens: int | None = None
 
 
 def read_routing_fields(path: str, body: bytes) -> RoutingFields:
@@ -72,6 +80,18 @@ def read_routing_fields(path: str, body: bytes) -> RoutingFields:
         raise BadRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise BadRequestError("the body is nested too deeply", code="invalid_json") from None
+
+
+def guess_path(body: bytes) -> str:
+    """Which of the paths above `body` is for, by the fields that it has. BadRequestError."""
+    try:
+        found = decode_kind(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    for path, field in ((CHAT_PATH, found.messages), (EMBEDDINGS_PATH, found.input)):
+        if field:
+            return path
+    return COMPLETIONS_PATH
 
 
 def _chat_prompt(chat: Chat) -> bytes:

@@ -19,6 +19,10 @@ bytes as they may plausibly be.
 A request that is not streamed shows nothing between its arrival and its end, so its prefill is
 taken to be over when the fitted speed says so.
 
+What a replica's KV events tell of a prompt counts for more than what was placed there, as far as
+the prompt's tokens are known (told_residency.py). Two things they cannot tell are added from our
+own placements: what is being computed, and what lies deeper than the tokens that are known.
+
 Not here: any I/O, retries, how bytes reach the replica.
 """
 
@@ -36,12 +40,16 @@ from roost_router.index.text_chain import (
 )
 from roost_router.index.unseen import Unseen, kind_of, ranks
 from roost_router.openai_request import RoutingFields
+from roost_router.policy.cost import interference
 from roost_router.policy.interface import Candidate, Decision, Policy
 from roost_router.policy.slow_start import thin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
+
+    from roost_router.index.token_knowledge import Known
+    from roost_router.told_residency import ToldResidency
 
 #: Tokens that the prior of bytes per token weighs, and the most that the past may weigh.
 _PRIOR_TOKENS = 1_000.0
@@ -56,6 +64,7 @@ _TOLERANCE_BYTES = 2 * TEXT_BLOCK_BYTES
 #: Times the lag of news after which a first byte is overdue.
 _OVERDUE = 2.0
 _NO_DEPTHS: dict[int, int] = {}
+_NOTHING_TOLD: list[Known | None] = []
 #: Fewer events say more about the first and the last than about the pace between them.
 _MIN_EVENTS_FOR_ITL = 8
 
@@ -113,6 +122,7 @@ class Placement:
     ) -> None:
         chosen = candidates[decision.chosen]
         self.replica: Final = replica
+        self.fields: Final = fields
         self.model: Final = fields.model
         self.decision: Final = decision
         self.candidates: Final = candidates
@@ -121,10 +131,14 @@ class Placement:
         self.prompt_bytes: Final = len(fields.prompt)
         self.matched_tokens: Final = chosen.matched_tokens  # predicted
         self.uncached_tokens: Final = chosen.uncached_tokens  # predicted; what was reserved
+        self.was_told: Final = chosen.is_told  # matched_tokens, by KV events
         #: Uncached tokens that stood before the first token, queue included.
         self.work_tokens: Final = chosen.queued_tokens + chosen.uncached_tokens
+        speed = chosen.prefill_tokens_per_s
+        #: Predicted until the first token, beside the streams that are running.
+        self.predicted_s: Final = interference(chosen) * self.work_tokens / speed
         #: Predicted; believed where the answer shows nothing before its end.
-        self.prefilled_at: Final = now + self.work_tokens / chosen.prefill_tokens_per_s
+        self.prefilled_at: Final = now + self.work_tokens / speed
         self.holder: Final = replica.holder  # epoch of the replica at decision time
         self.chain: Final = fields.chain
         self.matched_blocks: Final = matched_blocks
@@ -152,11 +166,20 @@ class Placer:
     """Decides where requests go and remembers where they went."""
 
     def __init__(
-        self, index: PrefixIndex, fleet: Fleet, make_policy: Callable[[], Policy], rng: Random
+        self,
+        index: PrefixIndex,
+        fleet: Fleet,
+        make_policy: Callable[[], Policy],
+        rng: Random,
+        told: ToldResidency | None = None,
     ) -> None:
-        """`make_policy`: called for each model, since what a policy keeps is of its replicas."""
+        """`make_policy`: called for each model, since what a policy keeps is of its replicas.
+
+        `told`: what KV events say; None: they are not followed.
+        """
         self.index = index
         self.fleet = fleet
+        self.told = told
         self._make_policy = make_policy
         self._policies: dict[str, Policy] = {}  # by model
         self._rng = rng
@@ -203,6 +226,9 @@ class Placer:
             if waiting:
                 self._assume_prefilled(waiting, now)
         depths = self.index.lookup(chain, holders) if chain else _NO_DEPTHS
+        told = _NOTHING_TOLD
+        if self.told is not None and chain:
+            told = self.told.lookup(fields.model, chain, replicas)
         density = fleet.bytes_per_token(fields.model)
         prompt_tokens = int(len(fields.prompt) / density + 0.5) or 1
         kinds: list[int] = []
@@ -222,8 +248,14 @@ class Placer:
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])
                 matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
+            known = told[number] if told else None
+            if known is not None:
+                in_flight = self._untold_tokens(replica, chain, depths, density, now)
+                is_whole = known.matched_tokens == known.bound_tokens
+                ours = matched_tokens if is_whole else in_flight
+                matched_tokens = min(prompt_tokens - 1, max(known.matched_tokens, ours))
             uncached_tokens = prompt_tokens - matched_tokens
-            hoped_tokens = matched_tokens * (replica.kept_share - 1.0)
+            hoped_tokens = 0.0 if known is not None else matched_tokens * (replica.kept_share - 1.0)
             if kinds:
                 hoped_tokens += uncached_tokens * unseen.share(kinds[number])
             candidates.append(
@@ -244,6 +276,8 @@ class Placer:
                     hoped_tokens=hoped_tokens,
                     is_thin=is_thin[number],
                     is_speed_known=speed.num_observed > 0,
+                    wait_scale=speed.wait_scale,
+                    is_told=known is not None,
                 )
             )
         return Options(fields, replicas, candidates, depths, kinds)
@@ -299,10 +333,14 @@ class Placer:
         replica = placement.replica
         self._start_decoding(placement, now)
         self._settle(placement)
+        if self.told is not None:
+            self.told.settled(replica.name, placement.stamp, now)
         if placement.holder == replica.holder:
             self.index.trim(placement.holder)
         if streamed:
-            replica.speed.observe_ttft(placement.work_tokens, now - placement.placed_at)
+            ttft_s = now - placement.placed_at
+            replica.speed.observe_ttft(placement.work_tokens, ttft_s)
+            replica.speed.observe_wait(placement.predicted_s, ttft_s)
 
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The replica counted the prompt and, maybe, told what its cache held. Once a request.
@@ -322,8 +360,12 @@ class Placer:
         num_tokens = num_tokens * keep + prompt_tokens
         self._seen[placement.model] = (num_bytes, num_tokens)
         self.fleet.set_bytes_per_token(placement.model, num_bytes / num_tokens)
+        counted = placement.fields.counted_tokens
+        if self.told is not None and counted is not None:
+            self.told.compare(placement.model, placement.replica, counted, prompt_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
-            if placement.matched_tokens and placement.holder == placement.replica.holder:
+            is_same = placement.holder == placement.replica.holder
+            if placement.matched_tokens and is_same and not placement.was_told:
                 placement.replica.learn_kept(placement.matched_tokens, cached_tokens)
             if placement.unseen_kind is not None:
                 self._unseen(placement.model).learn(
@@ -355,6 +397,24 @@ class Placer:
         replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
         kv_tokens = placement.matched_tokens + placement.uncached_tokens + num_events
         replica.kv_release.released(kv_tokens, now)
+
+    def _untold_tokens(
+        self,
+        replica: Replica,
+        chain: list[int],
+        depths: dict[int, int],
+        density: float,
+        now: float,
+    ) -> int:
+        """Tokens of a prompt that are being computed there, so that no event tells of them yet."""
+        depth = depths.get(replica.holder, 0)
+        if not depth:
+            return 0
+        assert self.told is not None
+        pending = next(iter(self._pending[replica.name]), self._stamp + 1)
+        since = self.told.untold_since(replica.name, pending, now)
+        num_blocks = self.index.num_since(replica.holder, chain, depth, since)
+        return int(chain_bytes(num_blocks) / density) if num_blocks else 0
 
     def _assume_prefilled(self, silent: dict[int, Placement], now: float) -> None:
         """Count requests that are not streamed as decoding once their prefill must be over."""

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 class _Model(msgspec.Struct):
     id: str
     owned_by: str = ""
+    parent: str | None = None  # of a LoRA adapter: the model that it adapts
 
 
 class _Models(msgspec.Struct):
@@ -105,6 +106,7 @@ class Poller:
             self._fleet.poll_failed(replica)
         else:
             dialect = models.data[0].owned_by if models.data else ""
+            replica.adapters = frozenset(model.id for model in models.data if model.parent)
             self._fleet.answered(replica, (model.id for model in models.data), report, dialect)
 
     async def _report(self, pool: UpstreamPool) -> LoadReport:

@@ -106,7 +106,14 @@ def _attempt(
         then,
         decision.costs_s,  # by itself: zip(strict=True) below would cost half a microsecond
         [
-            (c.name, c.matched_tokens, c.uncached_tokens, c.queued_tokens, c.num_decoding)
+            (
+                c.name,
+                c.matched_tokens,
+                c.uncached_tokens,
+                c.queued_tokens,
+                c.num_decoding,
+                c.is_told,
+            )
             for c in placement.candidates
         ],
     )

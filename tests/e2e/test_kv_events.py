@@ -49,7 +49,7 @@ async def test_the_router_knows_what_a_real_engine_has_cached(engine):
     sinks: list[TokenSink] = []
 
     def make_sink(_replica: Replica, _rank: int) -> TokenSink:
-        sinks.append(TokenSink(index, hashes_are_chain=True))
+        sinks.append(TokenSink(index, lambda: None, hashes_are_chain=True))
         return sinks[-1]
 
     fleet = Fleet(PrefixIndex(), (engine.url,))

@@ -12,7 +12,7 @@ import pytest
 from roost_router.admin import MAX_CONNECTIONS
 
 GET = b"GET %b HTTP/1.1\r\nhost: a\r\n\r\n"
-MAX_BODY = 64 * 1024
+MAX_BODY = 4 << 20
 
 
 async def connect(router: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -7,34 +7,14 @@ from array import array
 from random import Random
 
 import pytest
+from bound_prompts import SIZE, certain, learn, stored, tokens_of
 
 from roost_router.index.binding import Binding
-from roost_router.index.text_chain import chain_bytes, text_chain
+from roost_router.index.text_chain import text_chain
 from roost_router.index.token_index import TokenIndex
-from roost_router.index.token_knowledge import Known, TokenKnowledge, hash_prompt
+from roost_router.index.token_knowledge import Known, TokenKnowledge
 from roost_wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Tier
 from roost_wire.token_chain import block_hashes
-
-SIZE = 16
-WIDTH = 4  # bytes a token of the tokenizer here: it takes the bytes as numbers
-
-
-def tokens_of(prompt: bytes) -> list[int]:
-    return [
-        int.from_bytes(prompt[at : at + WIDTH], "little") for at in range(0, len(prompt), WIDTH)
-    ]
-
-
-def certain(prompt: bytes, *, behind: int = 0) -> list[int]:
-    """Tokens by each text block's end; `behind` fewer, as if a word might go on."""
-    ends = [chain_bytes(place + 1) for place in range(len(text_chain(prompt)))]
-    return [max(0, end // WIDTH - behind) for end in ends]
-
-
-def stored(prompt: bytes, num_blocks: int, size: int = SIZE) -> BlockStored:
-    tokens = tokens_of(prompt)[: num_blocks * size]
-    chain = block_hashes(tokens, size)
-    return BlockStored(tuple(chain), None, tuple(tokens), size, Tier.DEVICE)
 
 
 class Prompts:
@@ -177,11 +157,6 @@ def test_a_smaller_cap_holds_at_once():
 
 
 # token knowledge
-
-
-def learn(knowledge: TokenKnowledge, prompt: bytes, adapter: str | None = None) -> None:
-    chains = hash_prompt(tokens_of(prompt), knowledge.block_sizes(), adapter, None)
-    knowledge.bind(text_chain(prompt), chains, certain(prompt))
 
 
 def test_replicas_of_two_block_sizes_are_asked_each_in_its_own():

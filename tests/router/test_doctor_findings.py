@@ -12,7 +12,7 @@ from roost_router.findings import (
     Finding,
     find,
 )
-from roost_router.fleet_page import Ejection, ReplicaRow
+from roost_router.fleet_page import Ejection, KvStreamRow, ReplicaRow
 from roost_router.traffic import Told, Traffic
 from roost_wire.load_report import LoadReport
 
@@ -38,6 +38,8 @@ def row(name: str = "r0", **changes: object) -> ReplicaRow:
         "reported": LoadReport(num_running=0, kv_capacity_tokens=4096, started_at=UNIX_S - 60),
         "traffic": Traffic(0.0, 0.0, None, None, None),
         "told": told(),
+        "kv_streams": None,
+        "drifting": [],
     }
     return ReplicaRow(**{**fields, **changes})
 
@@ -175,3 +177,27 @@ def test_the_worst_comes_first():
     ]
 
     assert [f.severity for f in find(rows, UNIX_S)] == ["error", "warning", "note"]
+
+
+def test_a_replica_without_kv_events_is_told_the_flag_where_they_are_followed():
+    finding = one(row(kv_streams=[]))
+
+    assert finding.severity == "note"
+    assert "--kv-events-config" in finding.cure
+    assert find([row(kv_streams=None)], UNIX_S) == []
+
+
+@pytest.mark.parametrize("reason", ["late_join", "gap", "undecodable", "silent", "not_heard"])
+def test_a_stream_that_is_not_exact_says_why(reason):
+    exact = KvStreamRow(0, "vllm", "exact", "none", 0)
+    finding = one(row(kv_streams=[exact, KvStreamRow(1, "vllm", "catching_up", reason, 0)]))
+
+    assert finding.what == "KV events of rank 1 are catching up"
+    assert finding.cure != "wait a moment"
+
+
+def test_a_replica_that_counts_tokens_differently_is_named_with_the_model():
+    finding = one(row(drifting=["m"]))
+
+    assert finding.severity == "warning"
+    assert "counts the tokens of m" in finding.what

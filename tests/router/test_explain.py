@@ -292,6 +292,8 @@ async def test_the_command_prints_a_table(start_router, replicas):
         "replica",
         "cost",
         "matched",
+        "known",
+        "by",
         "uncached",
         "queued",
         "decoding",

@@ -89,7 +89,10 @@ def test_a_receipt_tells_all_that_the_policy_saw():
     assert attempt.at_s == pytest.approx(0.001)
     assert attempt.predicted_prefill_s == placement.prefilled_at - placement.placed_at
     seen = [
-        (c.name, c.matched_tokens, c.uncached_tokens, c.queued_tokens, c.num_decoding, cost)
+        (
+            *(c.name, c.matched_tokens, c.uncached_tokens, c.queued_tokens, c.num_decoding),
+            *(c.is_told, cost),
+        )
         for c, cost in zip(placement.candidates, placement.decision.costs_s, strict=True)
     ]
     assert [msgspec.structs.astuple(row) for row in attempt.candidates] == seen

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import openai
@@ -67,10 +67,10 @@ def start_engine(*options: str) -> Process:
     return engine
 
 
-def start_router(*engines: Process) -> tuple[Process, str]:
+def start_router(*engines: Process, options: Sequence[str] = ()) -> tuple[Process, str]:
     """A router over `engines`, ready, and the URL of its admin port."""
     replicas = [part for engine in engines for part in ("--replica", engine.url)]
-    router = Process("route", "--port", "0", "--admin-port", "0", *replicas)
+    router = Process("route", "--port", "0", "--admin-port", "0", *replicas, *options)
     found = router.until_line(r"routing on (http://\S+), admin on (http://\S+)")
     router.url, admin = found[1], found[2]
     until(lambda: ready_replicas(admin) == len(engines))
@@ -90,9 +90,9 @@ def get(url: str) -> str:
         return answer.read().decode()
 
 
-def metric(engine: Process, name: str) -> float:
-    """Sum of a metric's samples on a replica's Prometheus page."""
-    page = get(f"{engine.url}/metrics")
+def metric(engine: Process | str, name: str) -> float:
+    """Sum of a metric's samples on the Prometheus page of a replica, or of a URL."""
+    page = get(f"{engine if isinstance(engine, str) else engine.url}/metrics")
     values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)
     assert values, f"{name} is not exported"
     return sum(float(value) for value in values)

@@ -85,6 +85,10 @@ class Fleet:
         """Whether a replica ever named `model`. O(replicas)."""
         return any(model in replica.models for replica in self.replicas)
 
+    def is_adapter(self, model: str) -> bool:
+        """Whether a replica names `model` as an adapter of another. O(replicas)."""
+        return any(model in replica.adapters for replica in self.replicas)
+
     def candidates(
         self,
         model: str,

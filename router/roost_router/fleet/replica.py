@@ -53,6 +53,7 @@ class Replica:
         self.holder = holder  # its current epoch in the prefix index
         self.state = ReplicaState.JOINING
         self.models: tuple[str, ...] = ()
+        self.adapters: frozenset[str] = frozenset()  # of the models: those that are adapters
         self.kv_capacity_tokens: int | None = None
         self.started_at: float | None = None
         self.report = LoadReport()  # its own figures, as of the last poll

@@ -21,6 +21,11 @@ and 8.3 against 1.9, 0.6 and 2.0.
 Decode: `decode_s` is what one more running stream adds to a step, an average of inter-token
 latency / streams running.
 
+Waits: all this is extrapolated from what was seen so far, and may be far off where a replica is
+suddenly asked for much more: what 64 streams at a slow pace showed says nothing of 5,000. A wait
+that is believed too long keeps requests in the router that could start. So the seconds that first
+tokens took are compared with those predicted: `wait_scale` is their ratio where they were fewer.
+
 Rejected: a constant in tokens for a running stream (150 in the prototype). It is right for one
 machine only; seconds carry over to any.
 """
@@ -31,6 +36,7 @@ _PRIOR_OVERHEAD_S = 0.02
 _PRIOR_S_PER_TOKEN = 1.0 / 2000.0
 _PRIOR_SPREAD = 100.0**2  # tokens squared: what the pull weighs against the spread of the work
 _PRIOR_DECODE_S = 0.005
+_PRIOR_WAIT_S = 0.1  # waits as predicted, before any was seen
 _MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the slope positive
 
 _Sums = tuple[float, ...]
@@ -72,6 +78,9 @@ class Speed:
         self.prefill.num_replicas = 1
         self.most_tokens = 0.0  # most work that a first token was observed to follow
         self.decode_s = _PRIOR_DECODE_S
+        #: Seconds until first tokens came / as predicted, where it is below 1.
+        self.wait_scale = 1.0
+        self._predicted_s = self._waited_s = 0.0  # sums with forgetting
         #: Between events of a stream, whatever else is running; None before the first observation.
         self.usual_gap_s: float | None = None
 
@@ -96,6 +105,13 @@ class Speed:
         """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
         self.most_tokens = max(self.most_tokens, work_tokens)
         self.prefill.observe(work_tokens, ttft_s)
+
+    def observe_wait(self, predicted_s: float, ttft_s: float) -> None:
+        """A first token was predicted after `predicted_s`, and came after `ttft_s`."""
+        self._predicted_s = _KEEP * self._predicted_s + predicted_s
+        self._waited_s = _KEEP * self._waited_s + ttft_s
+        ratio = (self._waited_s + _PRIOR_WAIT_S) / (self._predicted_s + _PRIOR_WAIT_S)
+        self.wait_scale = min(1.0, ratio)
 
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""

@@ -144,6 +144,10 @@ class Exchange:
             else:
                 self._placed(taken)
                 self._connect()
+            tokens = service.tokens
+            if tokens is not None:  # now that its bytes are on their way
+                request = self._request
+                tokens.passed(request.head.path.decode(), request.body, self.fields)
         except RouterError as error:
             self._fail(error)
         except Exception:  # noqa: BLE001

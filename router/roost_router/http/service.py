@@ -44,6 +44,7 @@ from roost_router.http.record import RequestRecord
 from roost_router.http.request_ids import RequestIds
 from roost_router.http.serving import Answering, Request
 from roost_router.http.upstream import UpstreamPool
+from roost_router.kv.follow import KvFollower
 from roost_router.listening import BACKLOG
 from roost_router.metrics import RouterMetrics
 from roost_router.openai_request import (
@@ -55,6 +56,7 @@ from roost_router.openai_request import (
 from roost_router.placement import Placement, Placer
 from roost_router.policy.late_binding import LOOK_INTERVAL_S
 from roost_router.receipts import Receipts
+from roost_router.tokens.prompts import PromptTokens
 
 _MODELS_PATH = "/v1/models"
 _EXCHANGES = frozenset({CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH})
@@ -95,6 +97,8 @@ class DataService:
         self.metrics = metrics
         metrics.watch_held(lambda: self.dispatcher.num_held)
         self.receipts = Receipts()
+        self.tokens: PromptTokens | None = None  # where KV events are followed
+        self.follower: KvFollower | None = None  # likewise
         self.now: Callable[[], float] = now
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False

@@ -138,6 +138,21 @@ class PrefixIndex:
         """Stamps of the blocks of `chain`, all of which `holder` must hold."""
         return list(map(self._held[holder].stamps.__getitem__, chain))
 
+    def num_since(self, holder: int, chain: Sequence[int], num_held: int, stamp: int) -> int:
+        """Of the first `num_held` blocks of `chain`, all held, those touched at or after `stamp`.
+
+        They come first, since no block is younger than its parent. O(log(num_held)).
+        """
+        stamps = self._held[holder].stamps
+        low, high = 0, num_held  # chain[low - 1] was touched since, chain[high] was not
+        while low < high:
+            middle = (low + high) >> 1
+            if stamps[chain[middle]] >= stamp:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
     def add(self, holder: int, chain: Sequence[int], stamp: int) -> None:
         """Note that `holder` holds all of `chain` from now on, and touch it.
 

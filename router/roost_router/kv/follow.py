@@ -67,7 +67,8 @@ class StreamStatus(msgspec.Struct, frozen=True):
     dialect: Dialect
     trust: Trust
     reason: Reason
-    num_batches: int  # of all ranks of the stream
+    #: The rest is of the whole connection: where it carries several ranks, told with the first.
+    num_batches: int
     num_undecodable: int
     left_out: dict[str, int]
 
@@ -140,13 +141,13 @@ class KvFollower:
                 stream.source.dialect,
                 feed.trust,
                 feed.reason,
-                stream.num_batches,
-                stream.num_undecodable,
-                {reason.value: count for reason, count in stream.left_out.items()},
+                0 if place else stream.num_batches,
+                0 if place else stream.num_undecodable,
+                {} if place else {why.value: count for why, count in stream.left_out.items()},
             )
             for followed in self._followed.values()
             for stream in followed.streams
-            for rank, feed in stream.feeds.items()
+            for place, (rank, feed) in enumerate(stream.feeds.items())
         ]
 
     def _tick(self) -> None:

@@ -3,10 +3,12 @@
 A replica that begins anew, or whose stream is learnt anew, gets another holder: dropping the old
 one is O(1). Requests look up the holders of replicas by `holder`, which changes then.
 
-Not here: what a lookup is worth at which trust (placement).
+Not here: what a lookup is worth at which trust (told_residency.py).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from roost_router.index.token_index import TokenIndex
 from roost_router.kv.trust import Reason, Trust
@@ -17,15 +19,25 @@ class TokenSink:
     """A KvSink."""
 
     def __init__(
-        self, index: TokenIndex, *, hashes_are_chain: bool = False, counts_copies: bool = False
+        self,
+        index: TokenIndex,
+        changed: Callable[[], None],
+        *,
+        hashes_are_chain: bool = False,
+        counts_copies: bool = False,
     ) -> None:
-        """`hashes_are_chain`, `counts_copies`: see TokenIndex.open_holder."""
+        """`changed`: told when `holder` or `trust` are others from now on.
+
+        `hashes_are_chain`, `counts_copies`: see TokenIndex.open_holder.
+        """
         self._index = index
+        self._changed = changed
         self._hashes_are_chain = hashes_are_chain
         self._counts_copies = counts_copies
         self.holder = self._open()
         self.reason = Reason.NOT_HEARD
         self._trust = Trust.BLIND
+        self._was_whole = True
 
     @property
     def trust(self) -> Trust:
@@ -38,15 +50,30 @@ class TokenSink:
         """These happened, in this order."""
         for event in events:
             self._index.apply(self.holder, event)
+        self._look_whether_whole()
 
     def drop_all(self) -> None:
         """Nothing that was told holds any more."""
         self._index.retire(self.holder)
         self.holder = self._open()
+        self._was_whole = True
+        self._changed()
 
     def trust_changed(self, trust: Trust, reason: Reason) -> None:
         """From now on what was told can be relied upon so far."""
         self._trust, self.reason = trust, reason
+        self._changed()
+
+    def close(self) -> None:
+        """Forget its holder; nothing may be applied any more."""
+        self._index.retire(self.holder)
+        self._changed()
+
+    def _look_whether_whole(self) -> None:
+        is_whole = self._index.is_whole(self.holder)
+        if is_whole is not self._was_whole:
+            self._was_whole = is_whole
+            self._changed()
 
     def _open(self) -> int:
         return self._index.open_holder(

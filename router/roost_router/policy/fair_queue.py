@@ -30,7 +30,7 @@ from heapq import heapify, heappop, heapreplace
 from typing import Final, Generic, TypeVar
 
 AGEING: Final = 0.05
-MAX_HELD: Final = 4096
+MAX_HELD: Final = 16384
 
 Request = TypeVar("Request")
 

@@ -35,6 +35,8 @@ class Candidate:
         hoped_tokens: float = 0.0,
         is_thin: bool = False,
         is_speed_known: bool = True,
+        wait_scale: float = 1.0,
+        is_told: bool = False,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
@@ -57,6 +59,9 @@ class Candidate:
         #: expected to be gone (Replica.kept_share): negative where more is.
         self.hoped_tokens: Final = hoped_tokens
         self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
+        #: By how much shorter than predicted waits there have turned out to be; at most 1.
+        self.wait_scale: Final = wait_scale
+        self.is_told: Final = is_told  # matched_tokens are as its KV events tell
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
         self.prompt_key: Final = prompt_key

@@ -65,6 +65,10 @@ class DriftWatch:
         pair = self._pairs.get((model, replica))
         return pair is not None and pair.is_drifting
 
+    def drifting(self) -> list[tuple[str, str]]:
+        """Models and replicas of which that is so. O(pairs)."""
+        return [of for of, pair in self._pairs.items() if pair.is_drifting]
+
     def compare(
         self, model: str, replica: str, expected_tokens: int, reported_tokens: int
     ) -> DriftChange | None:

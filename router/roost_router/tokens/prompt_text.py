@@ -46,12 +46,14 @@ class Prompt(msgspec.Struct):
     variables: dict[str, Any] = {}
     asks_for_answer: bool = True  # the text ends where the assistant's turn begins
     adds_special_tokens: bool = False  # a token for the beginning, where the tokenizer has one
+    cache_salt: str | None = None
 
 
 class _Body(msgspec.Struct):
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[Any] | None = None
     tools: list[dict[str, Any]] | None = None
+    cache_salt: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
@@ -77,14 +79,16 @@ def read_prompt(path: str, body: bytes) -> Prompt:
             variables=fields.chat_template_kwargs or {},
             asks_for_answer=fields.add_generation_prompt,
             adds_special_tokens=fields.add_special_tokens is True,
+            cache_salt=fields.cache_salt,
         )
     if path != COMPLETIONS_PATH:
         raise NotTokenisedError("only chats and completions stay in a cache")
+    salt = fields.cache_salt
     if isinstance(fields.prompt, str):
         adds = fields.add_special_tokens is not False
-        return Prompt(text=fields.prompt, adds_special_tokens=adds)
+        return Prompt(text=fields.prompt, adds_special_tokens=adds, cache_salt=salt)
     if isinstance(fields.prompt, list) and all(type(token) is int for token in fields.prompt):
-        return Prompt(token_ids=fields.prompt)
+        return Prompt(token_ids=fields.prompt, cache_salt=salt)
     raise NotTokenisedError("several prompts in one request")
 
 

@@ -68,7 +68,6 @@ class TokenService:
     ) -> None:
         """`tokenizers`: folders by model. `on_answer(job, context, answer)`: called in the loop."""
         self.counts = TokenCounts()
-        self._models = frozenset(tokenizers)
         named = [f"{model}={folder}" for model, folder in tokenizers.items()]
         self._command = [sys.executable, "-P", "-m", "roost_router.tokens.worker", *named]
         # One thread each: the library would take every core.
@@ -107,10 +106,6 @@ class TokenService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-
-    def knows(self, model: str) -> bool:
-        """Whether prompts of `model` can be tokenised."""
-        return model in self._models
 
     def submit(self, job: Job, context: Any = None) -> None:
         """Queue a job; never waits. Where there is no room the oldest is dropped."""

@@ -29,7 +29,6 @@ class Job(msgspec.Struct, array_like=True):
     model: str
     block_sizes: list[int]
     adapter: str | None = None  # as replicas name it in their events
-    salt: str | None = None
 
 
 class Answer(msgspec.Struct, array_like=True):

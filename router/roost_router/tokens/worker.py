@@ -51,7 +51,7 @@ def tokenise(tokenizers: Mapping[str, FolderTokenizer], job: Job) -> Answer:
     except Exception as error:  # noqa: BLE001
         return Answer(error=str(error) or type(error).__name__)
     known = tokens[: max(certain, default=0)]
-    chains = hash_prompt(known, job.block_sizes, job.adapter, job.salt)
+    chains = hash_prompt(known, job.block_sizes, job.adapter, prompt.cache_salt)
     packed = {size: chain.tobytes() for size, chain in chains.items()}
     return Answer("", len(tokens), packed, certain)
 

@@ -1,0 +1,184 @@
+"""What replicas' KV events say they hold of a prompt, where that can be relied upon. Pure.
+
+    sink      takes in the events of one stream (kv/follow.py asks for one for each)
+    lookup    how much of a prompt each replica holds; None: events do not tell
+    compare   a replica counted a prompt's tokens: did we count as many?
+
+Relied upon are streams of which every event was applied (Trust.EXACT), of replicas that count
+tokens as we do (tokens/drift.py). For all others the placer goes by its own placements. Of several
+data-parallel ranks of a replica the one that holds most counts: which of them computes a request is
+the replica's choice, and it knows them, too.
+
+Events come after the fact, so they do not tell what is being computed. `untold_since` says which
+placements they may not have told of yet: those without a first byte, and those that had theirs less
+than NEWS_S ago. A burst of siblings is kept together by that.
+
+Not here: how blocks of tokens are found by text (index/token_knowledge.py), streams (kv/).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from roost_router.index.token_knowledge import Known, TokenKnowledge
+from roost_router.kv.token_sink import TokenSink
+from roost_router.kv.trust import Trust
+from roost_router.tokens.drift import DriftChange, DriftWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from roost_router.fleet.replica import Replica
+
+#: Seconds after a first byte by which its blocks are told of.
+NEWS_S: Final = 0.5
+#: `owned_by` of our engine, whose names of blocks are the chain hashes of the index.
+_OURS: Final = "roost"
+#: vLLM may hold a block twice under one name.
+_VLLM: Final = "vllm"
+_NOTHING: Final[list[Known | None]] = []
+
+
+class _Lately:
+    """The least stamp of the placements that had their first byte lately."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._least = self._least_before = 1 << 62
+
+    def add(self, stamp: int, now: float) -> None:
+        self._turn(now)
+        self._least = min(self._least, stamp)
+
+    def least(self, now: float) -> int:
+        """Of the last NEWS_S, and of up to as long before."""
+        self._turn(now)
+        return min(self._least, self._least_before)
+
+    def _turn(self, now: float) -> None:
+        if now - self._since < NEWS_S:
+            return
+        is_next = now - self._since < 2.0 * NEWS_S
+        self._least_before = self._least if is_next else 1 << 62
+        self._least = 1 << 62
+        self._since = now
+
+
+class ToldResidency:
+    """Who holds what, as told, for the models whose tokenizers are given."""
+
+    def __init__(
+        self,
+        knowledge: TokenKnowledge,
+        models: Collection[str],
+        on_drift: Callable[[DriftChange], None],
+    ) -> None:
+        """`models`: whose prompts can be tokenised. `on_drift`: a replica's count parts from ours,
+        or is ours again.
+        """
+        self.knowledge: Final = knowledge
+        self._models: Final = frozenset(models)
+        self._on_drift: Final = on_drift
+        self._drift: Final = DriftWatch()
+        self._started: Final[dict[str, float | None]] = {}  # by replica: its process
+        self._sinks: Final[dict[str, dict[int, TokenSink]]] = {}  # by replica and rank
+        self._lately: Final[dict[str, _Lately]] = {}
+        self._is_stale = False  # of these two:
+        self._holders: dict[str, list[int]] = {}  # by replica: of its exact streams
+        self._mask = 0  # of all these
+
+    def sink(self, replica: Replica, rank: int) -> TokenSink:
+        """Where the events of a stream go. One that was there before is forgotten."""
+        sinks = self._sinks.setdefault(replica.name, {})
+        before = sinks.get(rank)
+        if before is not None:
+            before.close()
+        sinks[rank] = sink = TokenSink(
+            self.knowledge.index,
+            self._changed,
+            hashes_are_chain=replica.dialect == _OURS,
+            counts_copies=replica.dialect == _VLLM,
+        )
+        return sink
+
+    def knows(self, model: str) -> bool:
+        """Whether prompts of `model` can be tokenised."""
+        return model in self._models
+
+    def is_relied_upon(self, model: str, replica: str) -> bool:
+        """Whether lookups for `model` go by the events of `replica`."""
+        self._refresh()
+        return (
+            model in self._models
+            and replica in self._holders
+            and not self._drift.is_drifting(model, replica)
+        )
+
+    def lookup(self, model: str, chain: list[int], replicas: list[Replica]) -> list[Known | None]:
+        """What each of `replicas` holds of a prompt; empty if nothing is known of any.
+
+        `chain`: of the prompt's text, not empty. O(replicas + distinct depths * log).
+        """
+        if self._is_stale:
+            self._refresh()
+        if not self._mask or model not in self._models:
+            return _NOTHING
+        known = self.knowledge.lookup(chain, self._mask)
+        if not known:
+            return _NOTHING
+        return [self._most(known, model, replica.name) for replica in replicas]
+
+    def settled(self, replica: str, stamp: int, now: float) -> None:
+        """The first byte of a placement came."""
+        lately = self._lately.get(replica)
+        if lately is None:
+            lately = self._lately[replica] = _Lately()
+        lately.add(stamp, now)
+
+    def untold_since(self, replica: str, oldest_pending: int, now: float) -> int:
+        """The least stamp of the placements there that events may not have told of yet.
+
+        `oldest_pending`: the least of those without a first byte.
+        """
+        lately = self._lately.get(replica)
+        return oldest_pending if lately is None else min(oldest_pending, lately.least(now))
+
+    def compare(self, model: str, replica: Replica, counted: int, reported: int) -> None:
+        """A prompt has `counted` tokens by our tokenizer, and `reported` by the replica's."""
+        name, started_at = replica.name, replica.started_at
+        if self._started.setdefault(name, started_at) != started_at:
+            self._started[name] = started_at
+            self._drift.forget(name)
+        change = self._drift.compare(model, name, counted, reported)
+        if change is not None:
+            self._on_drift(change)
+
+    def drifting(self) -> list[tuple[str, str]]:
+        """Models, and replicas that count their tokens differently. O(models * replicas)."""
+        return self._drift.drifting()
+
+    def _most(self, known: dict[int, Known], model: str, replica: str) -> Known | None:
+        most: Known | None = None
+        for holder in self._holders.get(replica, ()):
+            of_rank = known.get(holder)
+            if of_rank is not None and (most is None or of_rank > most):
+                most = of_rank
+        if most is not None and self._drift.is_drifting(model, replica):
+            return None
+        return most
+
+    def _changed(self) -> None:
+        self._is_stale = True
+
+    def _refresh(self) -> None:
+        """See anew whose streams are exact, and which holders they have."""
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        self._holders, self._mask = {}, 0
+        for name, sinks in self._sinks.items():
+            exact = [sink.holder for sink in sinks.values() if sink.trust is Trust.EXACT]
+            if exact:
+                self._holders[name] = exact
+                for holder in exact:
+                    self._mask |= 1 << holder
