@@ -239,11 +239,11 @@ class Placer:
         candidates = []
         for number, replica in enumerate(replicas):
             matched_tokens, speed = 0, replica.speed
-            tokens_per_s = (
-                speed.prefill_tokens_per_s
-                if speed.num_observed
-                else fleet.prefill_tokens_per_s(replica)
-            )
+            if speed.num_observed:
+                tokens_per_s, wait_scale = speed.prefill_tokens_per_s, speed.wait_scale
+            else:
+                tokens_per_s = fleet.prefill_tokens_per_s(replica)
+                wait_scale = fleet.wait_scale(replica)
             capacity = replica.kv_capacity_tokens or 0
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])
@@ -276,7 +276,7 @@ class Placer:
                     hoped_tokens=hoped_tokens,
                     is_thin=is_thin[number],
                     is_speed_known=speed.num_observed > 0,
-                    wait_scale=speed.wait_scale,
+                    wait_scale=wait_scale,
                     is_told=known is not None,
                 )
             )

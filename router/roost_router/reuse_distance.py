@@ -34,9 +34,11 @@ NEVER = -1
 #: What nobody touched for so long is forgotten before the rate falls: a sample that remembers a
 #: week has nothing left for the last ten minutes.
 HORIZON_S = 3600.0
-#: Sampled blocks that may come in _MIN_CHECK_S, or the rate is halved: a thousandth of a core.
-_MAX_TOUCHED = 2048
-_MIN_CHECK_S = 8.0
+#: Sampled blocks a second above which the rate is halved: a thousandth of a core.
+_MAX_RATE = 256.0
+#: Sampled blocks between two looks at the clock: a burst, and less while there is too much of it.
+_BURST = 2048
+_NEXT_BURST = 512
 _PLACE_BITS = 9
 _PLACES = (1 << _PLACE_BITS) - 1
 _PAGE_BITS = 7
@@ -52,6 +54,7 @@ class ReuseSample:
         self._limit = 1 << 64
         self._touch: dict[int, int] = {}
         self._num_touched = 0  # since the check, blocks
+        self._burst = _BURST  # until the next
         self._checked_at = -inf
         self._next = 0  # number of the next touch
         self._make_tables()
@@ -72,7 +75,7 @@ class ReuseSample:
         `chain`: hashes below 2^64 as text_chain.py makes them. O(chain) to pick the sampled, then
         O(sampled + 128 + max_blocks / 64) at worst.
         """
-        if self._num_touched > _MAX_TOUCHED:
+        if self._num_touched > self._burst:
             self._check_time(now)
         limit = self._limit
         if not chain or min(chain) >= limit:  # a third of what the next line costs, mostly enough
@@ -135,8 +138,10 @@ class ReuseSample:
         return sampled
 
     def _check_time(self, now: float) -> None:
-        """Halve the rate if the last _MAX_TOUCHED blocks came too fast."""
-        if now - self._checked_at < _MIN_CHECK_S:
+        """Halve the rate if the last blocks came too fast."""
+        is_too_fast = now - self._checked_at < self._burst / _MAX_RATE
+        self._burst = _NEXT_BURST if is_too_fast else _BURST
+        if is_too_fast:
             self._halve()
             self._renumber()
         self._checked_at, self._num_touched = now, 0

@@ -110,7 +110,7 @@ def test_full_ties_are_broken_at_random_and_reproducibly():
 def test_what_waits_in_the_router_costs_and_does_not_delay_the_start():
     both = [candidate(name="a"), candidate(name="b", uncached_tokens=1100)]
 
-    decision, starts_s = CostPolicy().pick_behind(both, Random(1), {"a": 9.0, "b": 0.0}.__getitem__)
+    decision, starts_s = CostPolicy().pick_behind(both, Random(1), {"a": 9.0, "b": 0.0})
 
     assert (decision.chosen, starts_s) == (1, 0.0)
     assert decision.costs_s[0] == pytest.approx(9.0 + 1.0)
@@ -127,3 +127,9 @@ def test_kv_is_released_at_the_rate_that_was_seen_lately():
     release.released(1000, 60.0)
     assert release.tokens_per_s(600, 60.0) == pytest.approx(100.0 + 100.0 * exp(-1.0))
     assert release.tokens_per_s(600, 500.0) == 10.0
+
+
+def test_waits_that_turn_out_shorter_count_for_less():
+    usual, shorter = candidate(queued_tokens=4000), candidate(queued_tokens=4000, wait_scale=0.25)
+
+    assert start_s(shorter) == pytest.approx(start_s(usual) / 4)

@@ -132,7 +132,7 @@ def test_a_hot_prefix_gets_another_holder_once_too_many_wait_for_the_first():
     assert all(isinstance(one, Held) for one in taken[:8])
     assert isinstance(taken[8], Decision)
     assert taken[8].chosen == 1
-    assert late.queue.waiting_s("hot") == pytest.approx(0.8)
+    assert late.queue.waiting_s["hot"] == pytest.approx(0.8)
 
 
 def test_a_request_that_waits_is_no_queue_before_itself():
@@ -429,7 +429,7 @@ def test_the_queue_agrees_with_a_plain_list(steps, max_held):
         assert queue.held() == model
         for replica in ("r0", "r1"):
             waiting = sum(held.prefill_s for held in model if held.replica == replica)
-            assert queue.waiting_s(replica) == pytest.approx(waiting, abs=1e-9)
+            assert queue.waiting_s.get(replica, 0.0) == pytest.approx(waiting, abs=1e-9)
         looked_at = queue.first(len(model) + 1)
         assert set(looked_at) == set(model)
         assert len(looked_at) == len(model)

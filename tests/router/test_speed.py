@@ -115,3 +115,38 @@ def test_a_fit_remembers_as_much_of_each_replica_however_many_share_it(num_repli
 
     assert prefill.tokens_per_s == pytest.approx(4_000, rel=0.1)
     assert prefill.num_replicas == num_replicas
+
+
+def test_waits_that_turn_out_shorter_than_predicted_are_believed_less_and_again_when_not():
+    speed = Speed()
+    assert speed.wait_scale == 1.0
+    for _ in range(40):
+        speed.observe_wait(2.0, 0.1)
+    assert speed.wait_scale == pytest.approx(0.05, abs=0.01)
+
+    for _ in range(40):
+        speed.observe_wait(2.0, 2.5)
+
+    assert speed.wait_scale == 1.0  # longer ones are what the fit is for
+
+
+def test_a_single_short_wait_says_little():
+    speed = Speed()
+
+    speed.observe_wait(0.02, 0.0)
+
+    assert 0.8 < speed.wait_scale < 1.0
+
+
+def test_a_replica_that_showed_nothing_yet_is_taken_to_be_as_the_others():
+    index = PrefixIndex()
+    fleet = Fleet(index, ["http://h0", "http://h1", "http://h2"])
+    one, other, new = fleet.replicas
+    assert fleet.wait_scale(new) == 1.0
+    for replica, ttft_s in ((one, 0.5), (other, 0.25)):
+        for _ in range(200):
+            replica.speed.observe_ttft(1000, ttft_s)
+            replica.speed.observe_wait(1.0, ttft_s)
+
+    assert fleet.wait_scale(one) == pytest.approx(0.5, abs=0.01)
+    assert fleet.wait_scale(new) == pytest.approx(0.375, abs=0.01)

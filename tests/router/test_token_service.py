@@ -126,8 +126,6 @@ async def test_two_turns_of_a_chat_are_found_where_the_replica_holds_them(start,
     sent = json.dumps({"model": "m", "messages": messages}).encode()
     text = text_chain(read_routing_fields(CHAT_PATH, sent).prompt)
 
-    assert service.knows("m")
-    assert not service.knows("other")
     assert knowledge.wants_tokens(text)
     service.submit(Job(CHAT_PATH, sent, "m", knowledge.block_sizes()), text)
     await answers.wait(1)

@@ -146,6 +146,14 @@ class Fleet:
                 return median(speed.prefill_tokens_per_s for speed in speeds)
         return replica.speed.prefill_tokens_per_s
 
+    def wait_scale(self, replica: Replica) -> float:
+        """Likewise, by how much shorter than predicted waits there turn out to be."""
+        if not replica.speed.num_observed:
+            scales = [r.speed.wait_scale for r in self.replicas if r.speed.num_observed]
+            if scales:
+                return median(scales)
+        return replica.speed.wait_scale
+
     def retry_budget(self, model: str) -> RetryBudget:
         """The retries that requests of `model` may still cause."""
         budget = self._budgets.get(model)

@@ -52,14 +52,28 @@ class Prefill:
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         #: Slope of the fit, inverted; always positive and finite.
         self.tokens_per_s = self._slope_inverted()
+        #: Seconds until first tokens came / as predicted, where it is below 1.
+        self.wait_scale = 1.0
+        self._predicted_s = self._waited_s = 0.0  # sums with forgetting
 
     def observe(self, work_tokens: float, ttft_s: float) -> None:
         """A first token came `ttft_s` after `work_tokens` uncached tokens stood before it."""
-        keep = _KEEP ** (1.0 / max(1, self.num_replicas))
+        keep = self._keep()
         decayed = tuple(keep * part for part in self._data)
         self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
         self.num_observed += 1
         self.tokens_per_s = self._slope_inverted()
+
+    def observe_wait(self, predicted_s: float, ttft_s: float) -> None:
+        """A first token was predicted after `predicted_s`, and came after `ttft_s`."""
+        keep = self._keep()
+        self._predicted_s = keep * self._predicted_s + predicted_s
+        self._waited_s = keep * self._waited_s + ttft_s
+        ratio = (self._waited_s + _PRIOR_WAIT_S) / (self._predicted_s + _PRIOR_WAIT_S)
+        self.wait_scale = min(1.0, ratio)
+
+    def _keep(self) -> float:
+        return float(_KEEP ** (1.0 / max(1, self.num_replicas)))
 
     def _slope_inverted(self) -> float:
         weight, x, y, xx, xy = _added(self._prior, self._data)
@@ -78,9 +92,6 @@ class Speed:
         self.prefill.num_replicas = 1
         self.most_tokens = 0.0  # most work that a first token was observed to follow
         self.decode_s = _PRIOR_DECODE_S
-        #: Seconds until first tokens came / as predicted, where it is below 1.
-        self.wait_scale = 1.0
-        self._predicted_s = self._waited_s = 0.0  # sums with forgetting
         #: Between events of a stream, whatever else is running; None before the first observation.
         self.usual_gap_s: float | None = None
 
@@ -88,6 +99,11 @@ class Speed:
     def prefill_tokens_per_s(self) -> float:
         """As fitted; always positive and finite."""
         return self.prefill.tokens_per_s
+
+    @property
+    def wait_scale(self) -> float:
+        """By how much shorter than predicted waits turned out; at most 1."""
+        return self.prefill.wait_scale
 
     @property
     def num_observed(self) -> int:
@@ -108,10 +124,7 @@ class Speed:
 
     def observe_wait(self, predicted_s: float, ttft_s: float) -> None:
         """A first token was predicted after `predicted_s`, and came after `ttft_s`."""
-        self._predicted_s = _KEEP * self._predicted_s + predicted_s
-        self._waited_s = _KEEP * self._waited_s + ttft_s
-        ratio = (self._waited_s + _PRIOR_WAIT_S) / (self._predicted_s + _PRIOR_WAIT_S)
-        self.wait_scale = min(1.0, ratio)
+        self.prefill.observe_wait(predicted_s, ttft_s)
 
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""

@@ -46,7 +46,7 @@ from roost_router.policy.interface import Candidate, Decision
 from roost_router.policy.slow_start import MAX_WAIT_S, may_take_miss
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from random import Random
 
 CHUNK_TOKENS: Final = 2048
@@ -54,6 +54,7 @@ DECODE_WEIGHT: Final = 0.03
 DECODE_STEPS: Final = 10.0
 MAX_PRICE: Final = 10.0
 TIE_S: Final = 0.001
+_NOTHING: Final[dict[str, float]] = {}
 
 
 class CostPolicy:
@@ -65,21 +66,25 @@ class CostPolicy:
 
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
         """For a request that goes out at once. O(candidates)."""
-        return self.pick_behind(candidates, rng, _nothing)[0]
+        return self.pick_behind(list(candidates), rng, _NOTHING)[0]
 
     def pick_behind(
-        self, candidates: Sequence[Candidate], rng: Random, waiting_s: Callable[[str], float]
+        self, candidates: list[Candidate], rng: Random, waiting_s: dict[str, float]
     ) -> tuple[Decision, float]:
         """The cheapest candidate, and the seconds until it would start this request.
 
         `waiting_s`: by name of a replica, prefill that waits in the router for it and goes first:
         it is in the cost, but not in when this one would start, for there it is not. O(candidates).
         """
-        starts = [start_s(candidate) for candidate in candidates]
-        mu, costs = price(candidates), []
-        for candidate, starts_s in zip(candidates, starts, strict=True):
-            ahead_s = interference(candidate) * waiting_s(candidate.name)
-            costs.append(cost_s(candidate, starts_s + ahead_s, mu))
+        mu = price(candidates)
+        starts: list[float] = []
+        costs: list[float] = []
+        for candidate in candidates:
+            starts_s = start_s(candidate)
+            starts.append(starts_s)
+            if waiting_s:
+                starts_s += interference(candidate) * waiting_s.get(candidate.name, 0.0)
+            costs.append(cost_s(candidate, starts_s, mu))
         chosen = _pick_least(candidates, costs, rng)
         if candidates[chosen].is_thin:
             chosen = _pick_fuller(candidates, costs, chosen, rng)
@@ -115,7 +120,7 @@ def start_s(candidate: Candidate) -> float:
     return max(waits_s, short / release)
 
 
-def price(candidates: Sequence[Candidate]) -> float:
+def price(candidates: list[Candidate]) -> float:
     """mu: seconds that a second of prefill costs others."""
     num_busy = 0
     for candidate in candidates:
@@ -131,7 +136,7 @@ def cost_s(candidate: Candidate, starts_s: float, mu: float) -> float:
     return starts_s + prefill_s(candidate) * factor + decode_s
 
 
-def _pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Random) -> int:
+def _pick_least(candidates: list[Candidate], costs_s: list[float], rng: Random) -> int:
     """Index of the least cost; among ties the least work lately, then one at random."""
     limit = min(costs_s) + TIE_S
     tied = [i for i, cost in enumerate(costs_s) if cost <= limit]
@@ -144,7 +149,7 @@ def _pick_least(candidates: Sequence[Candidate], costs_s: list[float], rng: Rand
 
 
 def _pick_fuller(
-    candidates: Sequence[Candidate], costs_s: list[float], chosen: int, rng: Random
+    candidates: list[Candidate], costs_s: list[float], chosen: int, rng: Random
 ) -> int:
     """Instead of a replica with a thin cache, one without, where slow_start.py says so."""
     most_matched = max([candidate.matched_tokens for candidate in candidates])
@@ -156,7 +161,3 @@ def _pick_fuller(
     costs = [costs_s[i] for i in fuller]
     second = fuller[_pick_least([candidates[i] for i in fuller], costs, rng)]
     return second if costs_s[second] - costs_s[chosen] <= MAX_WAIT_S else chosen
-
-
-def _nothing(_: str) -> float:
-    return 0.0

@@ -78,7 +78,8 @@ class FairQueue(Generic[Request]):
         self._num_held = 0
         self._num_ever = 0
         self._floor_s = 0.0
-        self._waiting_s: dict[str, float] = {}  # by replica
+        #: Prefill seconds of all those held that wait for a replica, by its name.
+        self.waiting_s: dict[str, float] = {}
 
     def __len__(self) -> int:
         """How many are held."""
@@ -138,7 +139,7 @@ class FairQueue(Generic[Request]):
         self._num_held -= 1
         if not self._num_held:
             self._lines.clear()
-            self._waiting_s.clear()
+            self.waiting_s.clear()
             self._floor_s = 0.0
 
     def reorder(self, held: Held[Request], prefill_s: float, replica: str) -> None:
@@ -147,10 +148,6 @@ class FairQueue(Generic[Request]):
         self._leave(entries, held)
         held.prefill_s, held.replica = prefill_s, replica
         self._enter(entries, held)
-
-    def waiting_s(self, replica: str) -> float:
-        """Prefill seconds of all those held that wait for `replica`."""
-        return self._waiting_s.get(replica, 0.0)
 
     def served(self, tenant: str, prefill_s: float) -> None:
         """A request of `tenant` is bound, before it is removed. Counts while anything is held."""
@@ -185,11 +182,12 @@ class FairQueue(Generic[Request]):
 
     def _enter(self, entries: list[tuple[float, int, Held[Request]]], held: Held[Request]) -> None:
         insort(entries, (held.order, held.number, held))
-        self._waiting_s[held.replica] = self.waiting_s(held.replica) + held.prefill_s
+        before_s = self.waiting_s.get(held.replica, 0.0)
+        self.waiting_s[held.replica] = before_s + held.prefill_s
 
     def _leave(self, entries: list[tuple[float, int, Held[Request]]], held: Held[Request]) -> None:
         del entries[bisect_left(entries, (held.order, held.number))]
-        self._waiting_s[held.replica] -= held.prefill_s
+        self.waiting_s[held.replica] -= held.prefill_s
 
     def _line(self, tenant: str) -> _Line[Request]:
         served_s = self._served_s(tenant)

@@ -40,7 +40,6 @@ from roost_router.policy.fair_queue import MAX_HELD, FairQueue, Held, Request
 from roost_router.policy.interface import Candidate, Decision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from random import Random
 
 HOLD_S: Final = 0.15
@@ -61,7 +60,7 @@ class LateBinding(Generic[Request]):
     def offer(
         self,
         request: Request,
-        candidates: Sequence[Candidate],
+        candidates: list[Candidate],
         now: float,
         rng: Random,
         tenant: str = "",
@@ -111,24 +110,21 @@ class Look(Generic[Request]):
         self._rng: Final = rng
         self._ahead_s: Final[dict[str, float]] = {}  # by replica that it waits for
 
-    def decide(self, held: Held[Request], candidates: Sequence[Candidate]) -> Decision | None:
+    def decide(self, held: Held[Request], candidates: list[Candidate]) -> Decision | None:
         """Where a held request goes, which is held no more; None: it waits on. O(candidates)."""
         if not any(_starts_soon(one, queue_s(one), self._hold_s) for one in candidates):
             self.is_over = True
             return None
-        decision, starts_s = self._policy.pick_behind(candidates, self._rng, self._waiting_s)
+        decision, starts_s = self._policy.pick_behind(candidates, self._rng, self._ahead_s)
         best = candidates[decision.chosen]
         own_s = prefill_s(best)
         if not _starts_soon(best, starts_s, self._hold_s):
             self._queue.reorder(held, own_s, best.name)
-            self._ahead_s[best.name] = self._waiting_s(best.name) + own_s
+            self._ahead_s[best.name] = self._ahead_s.get(best.name, 0.0) + own_s
             return None
         self._queue.served(held.tenant, own_s)
         self._queue.remove(held)
         return decision
-
-    def _waiting_s(self, replica: str) -> float:
-        return self._ahead_s.get(replica, 0.0)
 
 
 def _starts_soon(candidate: Candidate, starts_s: float, hold_s: float) -> bool:
