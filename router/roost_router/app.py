@@ -130,7 +130,13 @@ class Router:
             placer.fleet.is_adapter,
             num_workers=config.tokenizer_workers,
         )
-        follower = KvFollower(placer.fleet, told.sink, authorization, time.monotonic)
+        follower = KvFollower(
+            placer.fleet,
+            told.sink,
+            authorization,
+            time.monotonic,
+            lambda name, is_asked: told.report_reuse(name, is_asked=is_asked),
+        )
         self.service.metrics.watch_kv(told, tokens, follower)
         return tokens, follower
 

@@ -5,7 +5,8 @@
     cancel    its client left, or its time is up
 
 The data path and the simulator drive the same object, each with its own kind of request: offer each
-new one, look every LOOK_INTERVAL_S while any is held. Only under our own policy are requests held
+new one; while any is held look every LOOK_INTERVAL_S, and when a first token or an end releases
+work, but MIN_LOOK_S apart at least. Only under our own policy are requests held
 (policy/late_binding.py); under any other, all are placed at once. Requests that come back from a
 replica that failed them have waited already: Placer.place is for those.
 """

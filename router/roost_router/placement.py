@@ -248,14 +248,16 @@ class Placer:
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])
                 matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
-            known = told[number] if told else None
+            known, is_told = told[number] if told else None, False
             if known is not None:
-                in_flight = self._untold_tokens(replica, chain, depths, density, now)
-                is_whole = known.matched_tokens == known.bound_tokens
-                ours = matched_tokens if is_whole else in_flight
+                is_all = known.matched_tokens < known.bound_tokens
+                ours = matched_tokens
+                if is_all:
+                    ours = self._untold_tokens(replica, chain, depths, density, now)
+                is_told = is_all or known.matched_tokens >= ours
                 matched_tokens = min(prompt_tokens - 1, max(known.matched_tokens, ours))
             uncached_tokens = prompt_tokens - matched_tokens
-            hoped_tokens = 0.0 if known is not None else matched_tokens * (replica.kept_share - 1.0)
+            hoped_tokens = 0.0 if is_told else matched_tokens * (replica.kept_share - 1.0)
             if kinds:
                 hoped_tokens += uncached_tokens * unseen.share(kinds[number])
             candidates.append(
@@ -277,7 +279,7 @@ class Placer:
                     is_thin=is_thin[number],
                     is_speed_known=speed.num_observed > 0,
                     wait_scale=wait_scale,
-                    is_told=known is not None,
+                    is_told=is_told,
                 )
             )
         return Options(fields, replicas, candidates, depths, kinds)

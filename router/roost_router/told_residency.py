@@ -4,8 +4,9 @@
     lookup    how much of a prompt each replica holds; None: events do not tell
     compare   a replica counted a prompt's tokens: did we count as many?
 
-Relied upon are streams of which every event was applied (Trust.EXACT), of replicas that count
-tokens as we do (tokens/drift.py). For all others the placer goes by its own placements. Of several
+Streams of which every event was applied (Trust.EXACT) tell what a replica holds, and what not.
+Others that are followed tell only what it holds at least: what came before we did, or was lost, is
+missing. Both only of replicas that count tokens as we do (tokens/drift.py). Of several
 data-parallel ranks of a replica the one that holds most counts: which of them computes a request is
 the replica's choice, and it knows them, too.
 
@@ -36,6 +37,7 @@ NEWS_S: Final = 0.5
 _OURS: Final = "roost"
 #: vLLM may hold a block twice under one name.
 _VLLM: Final = "vllm"
+_COUNT: Final = (Trust.EXACT, Trust.APPROXIMATE)
 _NOTHING: Final[list[Known | None]] = []
 
 
@@ -83,9 +85,10 @@ class ToldResidency:
         self._started: Final[dict[str, float | None]] = {}  # by replica: its process
         self._sinks: Final[dict[str, dict[int, TokenSink]]] = {}  # by replica and rank
         self._lately: Final[dict[str, _Lately]] = {}
-        self._is_stale = False  # of these two:
-        self._holders: dict[str, list[int]] = {}  # by replica: of its exact streams
+        self._is_stale = False  # of these:
+        self._holders: dict[str, list[int]] = {}  # by replica: of its streams that count
         self._mask = 0  # of all these
+        self._exact = 0  # of the exact ones
 
     def sink(self, replica: Replica, rank: int) -> TokenSink:
         """Where the events of a stream go. One that was there before is forgotten."""
@@ -101,6 +104,11 @@ class ToldResidency:
         )
         return sink
 
+    def report_reuse(self, replica: str, *, is_asked: bool) -> None:
+        """Its engine is asked to tell again what it reuses, or no more."""
+        for sink in self._sinks.get(replica, {}).values():
+            sink.report_reuse(is_asked=is_asked)
+
     def knows(self, model: str) -> bool:
         """Whether prompts of `model` can be tokenised."""
         return model in self._models
@@ -108,14 +116,13 @@ class ToldResidency:
     def is_relied_upon(self, model: str, replica: str) -> bool:
         """Whether lookups for `model` go by the events of `replica`."""
         self._refresh()
-        return (
-            model in self._models
-            and replica in self._holders
-            and not self._drift.is_drifting(model, replica)
-        )
+        is_known = model in self._models and replica in self._holders
+        return is_known and not self._drift.is_drifting(model, replica)
 
     def lookup(self, model: str, chain: list[int], replicas: list[Replica]) -> list[Known | None]:
         """What each of `replicas` holds of a prompt; empty if nothing is known of any.
+
+        Less than `bound_tokens` is all that the replica holds; as much, the least that it does.
 
         `chain`: of the prompt's text, not empty. O(replicas + distinct depths * log).
         """
@@ -161,6 +168,9 @@ class ToldResidency:
         most: Known | None = None
         for holder in self._holders.get(replica, ()):
             of_rank = known.get(holder)
+            if of_rank is not None and not self._exact >> holder & 1:
+                told = of_rank.matched_tokens
+                of_rank = Known(told, told) if told else None
             if of_rank is not None and (most is None or of_rank > most):
                 most = of_rank
         if most is not None and self._drift.is_drifting(model, replica):
@@ -171,14 +181,16 @@ class ToldResidency:
         self._is_stale = True
 
     def _refresh(self) -> None:
-        """See anew whose streams are exact, and which holders they have."""
+        """See anew which streams count, and which holders they have."""
         if not self._is_stale:
             return
         self._is_stale = False
-        self._holders, self._mask = {}, 0
+        self._holders, self._mask, self._exact = {}, 0, 0
         for name, sinks in self._sinks.items():
-            exact = [sink.holder for sink in sinks.values() if sink.trust is Trust.EXACT]
-            if exact:
-                self._holders[name] = exact
-                for holder in exact:
-                    self._mask |= 1 << holder
+            for sink in sinks.values():
+                if sink.trust not in _COUNT:
+                    continue
+                self._holders.setdefault(name, []).append(sink.holder)
+                self._mask |= 1 << sink.holder
+                if sink.trust is Trust.EXACT:
+                    self._exact |= 1 << sink.holder

@@ -159,7 +159,7 @@ async def test_vllms_events_are_found_and_followed(publisher):
         assert replica.asked == ["/kv_event_sources"]
         assert live.sinks[0].resident == {7}
         assert (status.dialect, status.trust) == (Dialect.VLLM, Trust.EXACT)
-        assert not live.follower.should_reseed(live.replica)
+        assert live.replica.name not in live.follower.reseeding
 
 
 async def test_a_late_join_without_replay_has_vllm_report_what_is_reused(publisher):
@@ -170,7 +170,9 @@ async def test_a_late_join_without_replay_has_vllm_report_what_is_reused(publish
         await live.until_heard(lambda: send(socket, 5, batch))
 
         assert live.sinks[0].trust == (Trust.APPROXIMATE, Reason.LATE_JOIN)
-        assert live.follower.should_reseed(live.replica)
+        async with asyncio.timeout(5):
+            while live.replica.name not in live.follower.reseeding:
+                await asyncio.sleep(0.02)
 
 
 async def test_a_start_that_becomes_known_later_is_no_restart(publisher):
@@ -213,7 +215,7 @@ async def test_sglangs_events_are_found_and_followed(publisher):
         assert replica.asked == ["/kv_event_sources", "/server_info"]
         assert live.sinks[0].resident == {2**64 - 1}
         assert live.sinks[0].trust == (Trust.APPROXIMATE, Reason.LATE_JOIN)
-        assert not live.follower.should_reseed(live.replica)  # SGLang could not
+        assert live.replica.name not in live.follower.reseeding  # SGLang could not
 
 
 async def test_a_replica_without_events_is_asked_once(publisher):

@@ -126,7 +126,7 @@ def test_beyond_what_is_bound_our_own_placements_count():
     assert matched[1 - home] == 0
 
 
-@pytest.mark.parametrize("trust", [Trust.BLIND, Trust.CATCHING_UP, Trust.APPROXIMATE])
+@pytest.mark.parametrize("trust", [Trust.BLIND, Trust.CATCHING_UP])
 def test_a_stream_that_is_not_exact_does_not_count(trust):
     bench = Bench()
     bench.tell(0, PROMPT, 7)
@@ -140,16 +140,71 @@ def test_a_stream_that_is_not_exact_does_not_count(trust):
     assert bench.told.is_relied_upon("m", "r1")
 
 
-def test_an_index_that_is_full_is_not_exact():
+def test_a_stream_that_was_joined_late_tells_what_is_held_at_least():
+    bench = Bench()
+    home = int(bench.run(0.0)[1])
+    bench.sinks[home].trust_changed(Trust.APPROXIMATE, Reason.LATE_JOIN)
+    bench.tell(home, PROMPT, 7)
+    bench.bound()
+
+    mine = bench.candidates()[home]
+    assert not mine.is_told  # what was placed there is more
+    assert mine.matched_tokens >= TOKENS - SIZE
+    replica = bench.fleet.replicas[home]
+    bench.placer.index.retire(replica.holder)
+    replica.holder = bench.placer.index.open_holder(1 << 20)
+
+    mine, other = bench.candidates()[home], bench.candidates()[1 - home]
+    assert (mine.matched_tokens, mine.is_told) == (7 * SIZE, True)
+    assert (other.matched_tokens, other.is_told) == (0, False)
+
+
+@pytest.mark.parametrize("reason", [Reason.GAP, Reason.UNDECODABLE, Reason.DIGEST])
+def test_where_events_were_lost_only_what_is_told_since_counts(reason):
+    bench = Bench()
+    bench.tell(0, PROMPT, 7)
+    bench.bound()
+
+    for _ in range(2):
+        bench.sinks[0].trust_changed(Trust.APPROXIMATE, reason)
+        assert bench.matched() == [0, 0]
+    bench.tell(0, PROMPT, 4)
+    bench.sinks[0].trust_changed(Trust.APPROXIMATE, reason)  # again the same: nothing was lost
+
+    assert bench.matched() == [4 * SIZE, 0]
+
+
+def test_an_index_that_is_full_tells_what_is_held_at_least():
     bench = Bench(index_bytes=120_000)
     bench.tell(0, PROMPT, 7)
     bench.bound()
-    assert bench.candidates()[0].is_told
+    placement = bench.placer.place(ask(PROMPT), 0.0)
+    assert placement.replica.name == "r0"
+    bench.placer.first_byte(placement, 0.1, streamed=True)
+    assert bench.matched()[0] == 7 * SIZE
     for seed in range(300):
         bench.tell(0, Random(seed).randbytes(4096), 16)
 
     assert bench.sinks[0].trust is Trust.APPROXIMATE
+    assert bench.matched()[0] >= TOKENS - SIZE  # as it was placed there
     assert not bench.candidates()[0].is_told
+
+
+def test_while_reuse_is_reported_it_is_not_taken_for_copies():
+    bench = Bench()
+    bench.fleet.replicas[0].dialect = "vllm"
+    sink = bench.told.sink(bench.fleet.replicas[0], 0)
+    sink.trust_changed(Trust.EXACT, Reason.NONE)
+    removed = BlockRemoved(stored(PROMPT, 3).block_hashes, Tier.DEVICE)
+    sink.apply([stored(PROMPT, 3)])
+    bench.bound()
+    bench.told.report_reuse("r0", is_asked=True)
+    sink.apply([stored(PROMPT, 3), removed])
+    assert bench.matched()[0] == 0
+
+    bench.told.report_reuse("r0", is_asked=False)
+    sink.apply([stored(PROMPT, 3), stored(PROMPT, 3), removed])
+    assert bench.matched()[0] == 3 * SIZE
 
 
 def test_a_replica_that_began_anew_holds_nothing():

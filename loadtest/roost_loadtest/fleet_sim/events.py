@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from math import inf
 from typing import TYPE_CHECKING
 
 from roost_loadtest.fleet_sim.replica import Happened, Job, SimReplica
-from roost_router.policy.late_binding import LOOK_INTERVAL_S
+from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.routers import Router
@@ -54,7 +55,8 @@ class FleetRun:
         self._shares_cache = shares_cache
         self._on_progress = on_progress
         self._num_ended = 0
-        self._looks = False  # a look is planned
+        self._next_look: float | None = None  # when it is planned
+        self._looked_at = -inf
         self._heap: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = 0
         self._planned: list[float | None] = [None] * len(replicas)
@@ -102,16 +104,24 @@ class FleetRun:
         replica = self._router.offer(job, now)
         if replica is not None:
             self._submit(job, replica, now)
-        elif not self._looks:
-            self._looks = True
-            self._at(now + LOOK_INTERVAL_S, self._look)
+        elif self._next_look is None:
+            self._plan_look(now + LOOK_INTERVAL_S)
+
+    def _plan_look(self, at: float) -> None:
+        if self._next_look is None or at < self._next_look:
+            self._next_look = at
+            self._at(at, self._look_if_planned)
+
+    def _look_if_planned(self, now: float) -> None:
+        if now == self._next_look:  # none came before
+            self._look(now)
 
     def _look(self, now: float) -> None:
+        self._next_look, self._looked_at = None, now
         for job, replica in self._router.look(now):
             self._submit(job, replica, now)
-        self._looks = self._router.num_held > 0
-        if self._looks:
-            self._at(now + LOOK_INTERVAL_S, self._look)
+        if self._router.num_held:
+            self._plan_look(now + LOOK_INTERVAL_S)
 
     def _submit(self, job: Job, replica: int, now: float) -> None:
         job.replica = replica
@@ -157,11 +167,16 @@ class FleetRun:
             self._on_progress(self._num_ended)
 
     def _tell(self, what: Happened, job: Job, at: float) -> None:
-        hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
         if self._hears_after_s:
-            self._at(at + self._hears_after_s, lambda now: hear(job, at, now))
+            self._at(at + self._hears_after_s, lambda now: self._hear(what, job, at, now))
         else:
-            hear(job, at, at)
+            self._hear(what, job, at, at)
+
+    def _hear(self, what: Happened, job: Job, at: float, now: float) -> None:
+        hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
+        hear(job, at, now)
+        if self._next_look is not None:
+            self._plan_look(max(now, self._looked_at + MIN_LOOK_S))
 
     def _poll(self, now: float) -> None:
         if self._num_ended == len(self._trace.requests):

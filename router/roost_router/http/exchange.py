@@ -43,6 +43,7 @@ from roost_router.http.head import (
     replica_head,
 )
 from roost_router.http.record import LostLeg, Outcome, RequestRecord
+from roost_router.kv.report_mode import ask_for_reuse
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement
 from roost_router.policy.fair_queue import Held
@@ -385,15 +386,17 @@ class Exchange:
         self._num_events, self._widest_gap_s = 0, 0.0
         self._last_at = self._service.now()
         request, pool = self._request, self._service.pool(self._placement.replica)
+        body, follower = self._body, self._service.follower
+        if follower is not None and self._placement.replica.name in follower.reseeding:
+            body = ask_for_reuse(body)
         start = replica_head(
             request.head,
             base_path=pool.base_path,
             host=pool.host,
             request_id=self._request_id,
             is_resumable=self.fields.stream,
-            body_bytes=len(self._body),
+            body_bytes=len(body),
         )
-        body = self._body
         upstream.send(self, [start + body] if len(body) <= _MAX_JOINED_BYTES else [start, body])
         if self._is_paused:  # since before this leg
             upstream.pause()
@@ -406,6 +409,7 @@ class Exchange:
             if self._ttft_s is None:
                 self._ttft_s = now - self._started_at
             self._service.placer.first_byte(self._placement, now, streamed=True)
+            self._service.released(now)
         elif now - self._last_at > self._widest_gap_s:
             self._widest_gap_s = now - self._last_at
         self._num_events = num_events

@@ -54,7 +54,7 @@ from roost_router.openai_request import (
     read_routing_fields,
 )
 from roost_router.placement import Placement, Placer
-from roost_router.policy.late_binding import LOOK_INTERVAL_S
+from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
 from roost_router.receipts import Receipts
 from roost_router.tokens.prompts import PromptTokens
 
@@ -117,6 +117,7 @@ class DataService:
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._next_look: asyncio.TimerHandle | None = None
+        self._look_at = self._looked_at = 0.0  # when that is, and when the last was
         self._pools = {
             replica.name: UpstreamPool(replica.url, loop, config.connect_timeout_s)
             for replica in placer.fleet.replicas
@@ -155,13 +156,26 @@ class DataService:
     def look_soon(self) -> None:
         """A request is held: look every LOOK_INTERVAL_S from now on, until none is."""
         if self._next_look is None:
-            loop = asyncio.get_running_loop()
-            self._next_look = loop.call_later(LOOK_INTERVAL_S, self._look)
+            self._plan_look(self.now(), LOOK_INTERVAL_S)
+
+    def released(self, now: float) -> None:
+        """A replica has less to do: look at what is held as soon as may be."""
+        if self._next_look is None:
+            return
+        delay_s = max(0.0, self._looked_at + MIN_LOOK_S - now)
+        if now + delay_s < self._look_at:
+            self._next_look.cancel()
+            self._plan_look(now, delay_s)
+
+    def _plan_look(self, now: float, delay_s: float) -> None:
+        self._look_at = now + delay_s
+        self._next_look = asyncio.get_running_loop().call_later(delay_s, self._look)
 
     def _look(self) -> None:
         self._next_look = None
+        self._looked_at = now = self.now()
         try:
-            for exchange, taken in self.dispatcher.look(self.now()):
+            for exchange, taken in self.dispatcher.look(now):
                 if isinstance(taken, Placement):
                     exchange.bind(taken)
                 else:
@@ -287,6 +301,7 @@ class DataService:
     def ended(self, exchange: Exchange, record: RequestRecord) -> None:
         """An exchange is over."""
         self._exchanges.pop(exchange, None)
+        self.released(record.started_at + record.duration_s)
         is_known = record.replica is not None or self.placer.fleet.knows(record.model)
         self.metrics.observe(record, known_model=is_known)
         self.receipts.add(record)

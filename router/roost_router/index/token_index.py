@@ -164,6 +164,10 @@ class TokenIndex:
         self._count(held)
         return number
 
+    def count_copies(self, holder: int, counts_copies: bool) -> None:
+        """From now on, see `open_holder`."""
+        self._held[holder].counts_copies = counts_copies
+
     def retire(self, holder: int) -> None:
         """Forget what `holder` held. O(its ghosts), mostly none; memory returns with events."""
         held = self._held.pop(holder)

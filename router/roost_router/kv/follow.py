@@ -103,8 +103,14 @@ class KvFollower:
         make_sink: Callable[[Replica, int], KvSink],
         authorization: Callable[[], str | None],
         clock: Callable[[], float],
+        on_reseeding: Callable[[str, bool], None] = lambda _name, _is_asked: None,
     ) -> None:
-        """`make_sink` is asked for each stream of a replica, by its data-parallel rank."""
+        """`make_sink` is asked for each stream of a replica, by its data-parallel rank.
+
+        `on_reseeding`: a replica enters, or leaves, `reseeding`.
+        """
+        self._on_reseeding = on_reseeding
+        self._reseeding: frozenset[str] = frozenset()
         self._make_sink = make_sink
         self._authorization = authorization
         self._clock = clock
@@ -120,16 +126,18 @@ class KvFollower:
         finally:
             await self._close()
 
-    def should_reseed(self, replica: Replica) -> bool:
-        """Whether requests to it should have it report the blocks that they reuse.
+    @property
+    def reseeding(self) -> frozenset[str]:
+        """Replicas whose requests should have them report what they reuse (report_mode.py)."""
+        return self._reseeding
 
-        Only vLLM can: `"vllm_xargs": {"kv_cache_report_mode": "full"}` in a request's body.
-        """
-        now = self._clock()
-        return any(
-            stream.source.dialect is Dialect.VLLM and feed.should_reseed(now)
-            for stream in self._followed[replica.name].streams
-            for feed in stream.feeds.values()
+    def _find_reseeding(self, now: float) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, followed in self._followed.items()
+            for stream in followed.streams
+            if stream.source.dialect is Dialect.VLLM
+            if any(feed.should_reseed(now) for feed in stream.feeds.values())
         )
 
     def status(self) -> list[StreamStatus]:
@@ -162,6 +170,10 @@ class KvFollower:
                 except Exception:  # noqa: BLE001
                     # A defect of ours in one stream must not end the following of the others.
                     _log.exception("a tick of %s failed", stream.source.endpoint)
+        reseeding = self._find_reseeding(now)
+        for name in reseeding ^ self._reseeding:
+            self._on_reseeding(name, name in reseeding)
+        self._reseeding = reseeding
 
     async def _find(self, followed: _Followed) -> None:
         """Learn where the replica's streams are, and follow them."""

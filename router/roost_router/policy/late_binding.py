@@ -26,9 +26,7 @@ wait for the one that holds a hot prefix, and the others idle.
 One object serves requests that have the same replicas to choose from: one for each model.
 
 Source: the simulations that docs/decisions/0004 quotes: mean TTFT is 1.67 times as long without
-late binding; hold_s from 0.05 to 0.4 made no difference beyond 3 %. Rejected: a look at each first
-token and each end as well, at which work is released: 20 ms sooner for some, and at saturation
-thousands of looks a second.
+late binding; hold_s from 0.05 to 0.4 made no difference beyond 3 %.
 """
 
 from __future__ import annotations
@@ -44,6 +42,8 @@ if TYPE_CHECKING:
 
 HOLD_S: Final = 0.15
 LOOK_INTERVAL_S: Final = 0.02
+#: Between two looks at the least, however often work is released.
+MIN_LOOK_S: Final = 0.002
 MAX_LOOKS: Final = 32
 
 
