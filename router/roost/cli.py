@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -305,6 +306,25 @@ def serve(model: str, **options: Any) -> None:
     import uvloop
 
     uvloop.run(run_replica(ServeConfig(model=model, **options)))
+
+
+@main.command()
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def tokenizer(model: str, folder: Path) -> None:
+    """Write the tokenizer of MODEL, a .gguf file or "smollm2", to FOLDER.
+
+    The folder is what `roost route --tokenizer` takes. A Hugging Face folder is one already.
+    """
+    with needing_engine("reading a GGUF file"):
+        from roost.tokenizer_folder import write_tokenizer_folder
+        from roost_engine.loader.errors import ModelFileError
+        from roost_engine.loader.load import resolve
+    try:
+        write_tokenizer_folder(resolve(model), folder)
+    except (ModelFileError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"wrote {folder}: roost route --tokenizer MODEL={folder}")
 
 
 main.add_command(bench)

@@ -32,10 +32,10 @@ _INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0
 _BAR_CHARS = 8
 _HEAD = (
-    *("replica", "state", "flight", "decode", "queued", "KV in use", "capacity", "hit rate"),
-    *("req/s", "fail/s", "p50 s", "p99 s", "model"),
+    *("replica", "state", "flight", "decode", "queued", "KV in use", "capacity", "known by"),
+    *("hit rate", "req/s", "fail/s", "p50 s", "p99 s", "model"),
 )
-_ALIGN = "<<>>>>>>>>>><"
+_ALIGN = "<<>>>>><>>>>><"
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # other screen, no cursor
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
@@ -146,6 +146,7 @@ def _cells(row: ReplicaRow) -> tuple[str, ...]:
         f"{row.queued_tokens:,}",
         _bar(report.kv_usage),
         capacity,
+        row.known_by,
         percent(traffic.hit_rate),
         f"{traffic.requests_per_s:.1f}",
         f"{traffic.failures_per_s:.1f}",

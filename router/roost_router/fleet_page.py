@@ -61,6 +61,9 @@ class ReplicaRow(msgspec.Struct):
     reported: LoadReport  # its own figures as of the last poll
     traffic: Traffic
     told: Told
+    #: How it is known what it holds: "placements", or KV events by the trust in the least trusted
+    #: stream, or "drifting" where they are of no use because it counts tokens differently.
+    known_by: str
     kv_streams: list[KvStreamRow] | None  # None: KV events are not followed
     drifting: list[str]  # models whose tokens it counts differently
 
@@ -148,7 +151,9 @@ def _row(
     streams: Sequence[StreamStatus] | None,
     now: float,
 ) -> ReplicaRow:
-    drifting = [] if placer.told is None else placer.told.drifting()
+    pairs = [] if placer.told is None else placer.told.drifting()
+    drifting = [model for model, name in pairs if name == replica.name]
+    kv_streams = None if streams is None else _kv_streams(streams, replica.name)
     return ReplicaRow(
         name=replica.name,
         url=replica.url,
@@ -166,8 +171,9 @@ def _row(
         reported=replica.report,
         traffic=metrics.recent.traffic(replica.name, now),
         told=metrics.recent.told(replica.name, now),
-        kv_streams=None if streams is None else _kv_streams(streams, replica.name),
-        drifting=[model for model, name in drifting if name == replica.name],
+        known_by=_known_by(kv_streams or [], drifting),
+        kv_streams=kv_streams,
+        drifting=drifting,
     )
 
 
@@ -177,6 +183,15 @@ def _kv_streams(streams: Sequence[StreamStatus], replica: str) -> list[KvStreamR
         for s in streams
         if s.replica == replica
     ]
+
+
+def _known_by(streams: Sequence[KvStreamRow], drifting: Sequence[str]) -> str:
+    if not streams:
+        return "placements"
+    if drifting:
+        return "drifting"
+    order = ("exact", "approximate", "catching_up", "blind")
+    return max((stream.trust for stream in streams), key=order.index).replace("_", " ")
 
 
 def _ejection(replica: Replica, now: float) -> Ejection | None:

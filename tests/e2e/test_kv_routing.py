@@ -6,9 +6,11 @@ import json
 import urllib.request
 
 import pytest
+from click.testing import CliRunner
 from processes import Process, get, make_client, metric, start_engine, start_router, until
 from tokenizer_folders import smollm2_folder
 
+from roost.cli import main
 from roost_loadtest.prompts import conversation
 
 ANY = "tcp://127.0.0.1:*"
@@ -124,3 +126,23 @@ def test_a_folder_without_a_tokenizer_is_refused_at_once(tmp_path):
     router.until_line("there is no tokenizer.json in")
     assert router.popen.wait(30) == 2
     assert router.stop() == 2
+
+
+def test_a_tokenizer_folder_is_written_of_a_gguf_file(tmp_path):
+    folder = tmp_path / "tokenizer"
+
+    shown = CliRunner().invoke(main, ["tokenizer", "smollm2", str(folder)])
+
+    assert shown.exit_code == 0, shown.output
+    assert (folder / "tokenizer.json").read_bytes() == (
+        smollm2_folder() / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_what_is_no_model_has_no_tokenizer(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+
+    shown = CliRunner().invoke(main, ["tokenizer", str(tmp_path / "model.gguf"), str(tmp_path)])
+
+    assert shown.exit_code == 1
+    assert "Error:" in shown.output

@@ -547,7 +547,7 @@ def test_a_nickname_without_its_package_says_what_to_install(
 
 @pytest.mark.model
 def test_the_smollm2_header_is_read_in_well_under_half_a_second() -> None:
-    path = load._resolve("smollm2")
+    path = load.resolve("smollm2")
     best = min(_timed(lambda: GgufFile(path)) for _ in range(3))
 
     assert best < 0.4

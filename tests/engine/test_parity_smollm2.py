@@ -18,7 +18,7 @@ from roost_engine.batch import Chunk
 from roost_engine.chat import ChatTemplate
 from roost_engine.config import CacheConfig, ModelConfig
 from roost_engine.loader import LoadedModel, load_model
-from roost_engine.loader.load import _resolve
+from roost_engine.loader.load import resolve
 from roost_engine.runner import ModelRunner
 
 pytestmark = pytest.mark.model
@@ -123,7 +123,7 @@ def test_weights_are_bit_identical_to_transformers_own_gguf_loading(
     with torch.device("meta"):
         empty = LlamaForCausalLM(_hf_config(model.config))
 
-    loaded = load_gguf_checkpoint(_resolve("smollm2"), return_tensors=True, model_to_load=empty)
+    loaded = load_gguf_checkpoint(resolve("smollm2"), return_tensors=True, model_to_load=empty)
 
     assert loaded["tensors"].keys() == weights.keys()
     assert all(torch.equal(weights[name], loaded["tensors"][name]) for name in weights)

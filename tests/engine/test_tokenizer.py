@@ -49,7 +49,7 @@ SMALL = _byte_level([("h", "e"), ("l", "l"), ("he", "ll"), ("Ã", "©")])
 
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    path: Path = load._resolve("smollm2")
+    path: Path = load.resolve("smollm2")
     return read_tokenizer(GgufFile(path))
 
 

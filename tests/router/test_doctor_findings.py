@@ -38,6 +38,7 @@ def row(name: str = "r0", **changes: object) -> ReplicaRow:
         "reported": LoadReport(num_running=0, kv_capacity_tokens=4096, started_at=UNIX_S - 60),
         "traffic": Traffic(0.0, 0.0, None, None, None),
         "told": told(),
+        "known_by": "placements",
         "kv_streams": None,
         "drifting": [],
     }

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 from asking import complete, fleet, get
 
+from roost_router.fleet_page import KvStreamRow, _known_by
 from roost_router.rungs import RUNGS
 
 
@@ -121,3 +122,21 @@ async def test_a_request_that_no_replica_can_start_is_shown_as_held(start_router
     assert (page.totals.held_requests, page.totals.in_flight) == (1, 1)
     assert [await each for each in asking] == [200, 200]
     assert (await fleet(router)).totals.held_requests == 0
+
+
+@pytest.mark.parametrize(
+    ("trusts", "drifting", "known_by"),
+    [
+        ([], [], "placements"),
+        (["exact", "exact"], [], "exact"),
+        (["exact", "approximate"], [], "approximate"),
+        (["catching_up", "approximate"], [], "catching up"),
+        (["exact", "blind", "catching_up"], [], "blind"),
+        (["exact"], ["m"], "drifting"),
+        ([], ["m"], "placements"),
+    ],
+)
+def test_a_replica_is_known_by_its_least_trusted_stream(trusts, drifting, known_by):
+    streams = [KvStreamRow(rank, "vllm", trust, "none", 0) for rank, trust in enumerate(trusts)]
+
+    assert _known_by(streams, drifting) == known_by

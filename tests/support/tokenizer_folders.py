@@ -9,21 +9,21 @@ from pathlib import Path
 from roost.tokenizer_folder import write_tokenizer_folder
 from roost_engine.loader.gguf import GgufFile
 from roost_engine.loader.gguf_tokenizer import read_tokenizer
-from roost_engine.loader.load import _resolve
+from roost_engine.loader.load import resolve
 from roost_engine.tokenizer import Tokenizer
 
 
 @functools.cache
 def smollm2_tokenizer() -> Tokenizer:
     """The engine's."""
-    return read_tokenizer(GgufFile(_resolve("smollm2")))
+    return read_tokenizer(GgufFile(resolve("smollm2")))
 
 
 @functools.cache
 def smollm2_folder() -> Path:
     """The same in files. Kept until the process ends."""
     folder = Path(_KEPT.name) / "smollm2"
-    write_tokenizer_folder(_resolve("smollm2"), folder)
+    write_tokenizer_folder(resolve("smollm2"), folder)
     return folder
 
 

@@ -45,7 +45,7 @@ def load_model(source: str | Path) -> LoadedModel:
     Raises ModelFileError when it is missing, damaged or not implemented. SmolLM2-135M from
     GGUF takes less than half a second, most of it the tokenizer.
     """
-    path = _resolve(source)
+    path = resolve(source)
     if path.is_dir():
         config, weights, tokenizer = hf_folder.read_folder(path)
         name = path.resolve().name
@@ -77,7 +77,7 @@ def _compile_chat(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
         raise ModelFileError(path, str(error)) from error
 
 
-def _resolve(source: str | Path) -> Path:
+def resolve(source: str | Path) -> Path:
     """The path of a source; a nickname wins over a path of the same spelling."""
     package = _NICKNAMES.get(source) if isinstance(source, str) else None
     return _packaged_gguf(source, package) if package else Path(source)

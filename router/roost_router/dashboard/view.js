@@ -66,6 +66,7 @@ const COLUMNS = [
   ["Queued tokens", (r) => count(r.queued_tokens)],
   ["KV in use", (r) => bar(r.reported.kv_usage)],
   ["KV tokens", (r) => (r.kv_capacity_tokens === null ? "–" : count(r.kv_capacity_tokens))],
+  ["Known by", (r) => r.known_by],
   ["Hit rate", (r) => bar(r.traffic.hit_rate)],
   ["Requests/s", (r) => rate(r.traffic.requests_per_s)],
   ["Failures/s", (r) => rate(r.traffic.failures_per_s)],
@@ -73,7 +74,7 @@ const COLUMNS = [
   ["TTFT p99", (r) => seconds(r.traffic.ttft_p99_s)],
   ["Model", (r) => r.models.join(", ")],
 ];
-const TEXTS = new Set(["Replica", "State", "Model"]);
+const TEXTS = new Set(["Replica", "State", "Known by", "Model"]);
 
 export function replicaTable(page) {
   const kind = (name) => (TEXTS.has(name) ? "" : "number");
