@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from roost.admin_client import printable
 from roost.bench_cli import bench
 from roost.cli_parts import FILE, PORT, TOKENIZER, WEIGHTS, needing_engine
 from roost.doctor_cli import doctor
 from roost.explain_cli import explain
 from roost.sim_cli import sim
+from roost.text_table import table
 from roost.top_cli import top
 
 if TYPE_CHECKING:
     from roost_router.config import RouterConfig
+    from roost_router.start_page import StartPage
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 
@@ -37,13 +40,13 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
+@click.argument("urls", nargs=-1, metavar="[URL]...")
 @click.option(
     "--replica",
     "replicas",
     multiple=True,
-    required=True,
     metavar="URL",
-    help="Base URL of a replica, without /v1. Repeat for each.",
+    help="Base URL of a replica, without /v1, like the arguments. Repeat for each.",
 )
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
 @click.option("--port", type=PORT, default=8000, help="Data port: clients come here; 0: any.")
@@ -187,10 +190,12 @@ def main(verbose: bool) -> None:
 @click.option("--listen-fd", type=int, hidden=True)
 @click.option("--admin-listen-fd", type=int, hidden=True)
 @click.option("--status-fd", type=int, hidden=True)
-def route(replicas: tuple[str, ...], **options: Any) -> None:
-    """Route requests to OpenAI-compatible replicas.
+def route(urls: tuple[str, ...], replicas: tuple[str, ...], **options: Any) -> None:
+    """Route requests to OpenAI-compatible replicas, at their base URLs without /v1.
 
-    Example: roost route --replica http://127.0.0.1:8101 --replica http://127.0.0.1:8102
+    Tells of each what it is, what is missing there for routing, and which of its flags adds it.
+
+    Example: roost route http://127.0.0.1:8101 http://127.0.0.1:8102
     """
     from roost_router.config import ConfigError, RouterConfig, activation_fd
     from roost_router.supervisor import SupervisorError, supervise
@@ -198,7 +203,7 @@ def route(replicas: tuple[str, ...], **options: Any) -> None:
     if options["listen_fd"] is None:
         options["listen_fd"] = activation_fd()
     try:
-        config = RouterConfig(replicas=replicas, **options)
+        config = RouterConfig(replicas=urls + replicas, **options)
         if config.processes is not None and config.status_fd is None:
             supervise(config, [sys.executable, "-m", "roost", *sys.argv[1:]])
         else:
@@ -212,7 +217,32 @@ def _run_router(config: RouterConfig) -> None:
 
     from roost_router.app import run_router
 
-    uvloop.run(run_router(config))
+    is_worker = config.status_fd is not None  # they would all say the same
+    uvloop.run(run_router(config, None if is_worker else _show_start))
+
+
+def _show_start(page: StartPage) -> None:
+    """Each replica as a row, and what is missing below."""
+    rows = [("replica", "server", "model", "KV tokens", "block", "load", "KV events", "continues")]
+    rows += [
+        (
+            row.name,
+            printable(row.server) or "?",
+            printable(", ".join(row.models)) or "-",
+            "?" if row.kv_tokens is None else f"{row.kv_tokens:,}",
+            "?" if row.block_tokens is None else f"{row.block_tokens}",
+            "told" if row.tells_load else "unknown",
+            row.kv_events,
+            row.continues,
+        )
+        for row in page.rows
+    ]
+    for line in table(rows, "<<<>><<<"):
+        click.echo(line, err=True)
+    for finding in page.findings:
+        whose = finding.replica or "fleet"
+        click.echo(f"  {finding.severity}: {whose} {printable(finding.what)}", err=True)
+        click.echo(f"      {printable(finding.cure)}", err=True)
 
 
 @main.command()

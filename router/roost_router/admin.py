@@ -43,7 +43,7 @@ from roost_router.errors import (
     RouterError,
 )
 from roost_router.explanation import dry_run, explain
-from roost_router.fleet_page import Moment, fleet_page
+from roost_router.fleet_page import FleetPage, Moment, fleet_page
 from roost_router.http.downstream import Downstream
 from roost_router.http.head import Headers, get_header
 from roost_router.http.ready import Ready, error_headers, whole_answer
@@ -202,6 +202,10 @@ class AdminService:
         return _Page(page, content_type=CONTENT_TYPE_LATEST.encode())
 
     def _fleet(self) -> _Page:
+        return _Page(msgspec.json.encode(self.fleet_page()))
+
+    def fleet_page(self) -> FleetPage:
+        """What /fleet says now."""
         service = self._service
         now = service.now()
         moment = Moment(
@@ -215,8 +219,7 @@ class AdminService:
         )
         num_held = service.dispatcher.num_held
         streams = None if service.follower is None else service.follower.status()
-        page = fleet_page(service.placer, service.metrics, moment, num_held, streams)
-        return _Page(msgspec.json.encode(page))
+        return fleet_page(service.placer, service.metrics, moment, num_held, streams)
 
     def _explain(self, quoted_id: str) -> _Page:
         receipts = self._service.receipts

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from random import Random
 
@@ -24,12 +25,15 @@ from roost_router.http.service import DataService
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.token_knowledge import TokenKnowledge
 from roost_router.kv.follow import KvFollower
+from roost_router.kv.probe import probe
+from roost_router.kv.source import KvSource
 from roost_router.listening import BACKLOG, REPLACED, bind, inherited
 from roost_router.metrics import RouterMetrics
 from roost_router.placement import Placer
 from roost_router.policy.registry import PolicyError, make_policy
 from roost_router.policy.shadow import Shadow
 from roost_router.poll import Poller
+from roost_router.start_page import StartPage, start_page
 from roost_router.tokens.drift import DriftChange
 from roost_router.tokens.prompts import PromptTokens
 from roost_router.tokens.service import TokenizerStartError
@@ -105,6 +109,11 @@ class Router:
             self.admin_address = admin.getsockname()[:2]
             undo.pop_all()
 
+    def start_page(self, sources: Mapping[str, list[KvSource] | None]) -> StartPage:
+        """What is known of the replicas by now. `sources`: of KV events, by replica."""
+        page = self._admin.fleet_page()
+        return start_page(page, sources, follows_events=self._follower is not None)
+
     async def _begin_polling(self) -> None:
         config = self._config
         poller = Poller(
@@ -175,8 +184,13 @@ class Router:
         await self._admin.close()
 
 
-async def run_router(config: RouterConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises ConfigError."""
+async def run_router(
+    config: RouterConfig, on_start: Callable[[StartPage], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises ConfigError.
+
+    `on_start`: told what was found of the replicas, once they were asked.
+    """
     router = Router(config, build_placer(config, Random()))
     await router.start()
     stop = _StopSignals(config)
@@ -188,11 +202,22 @@ async def run_router(config: RouterConfig) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.service.access.reload)
     if config.status_fd is not None:
         os.write(config.status_fd, b"1")
+    telling = None
+    if on_start is not None:
+        telling = asyncio.create_task(_tell(router, on_start))
     try:
         await stop.wait(router.poller)
         _log.info("draining %d requests", router.service.num_exchanges)
     finally:
+        if telling is not None:
+            telling.cancel()
         await router.stop(replaced=stop.is_replaced)
+
+
+async def _tell(router: Router, on_start: Callable[[StartPage], None]) -> None:
+    authorization = router.service.access.replica_authorization()
+    sources = await probe(router.placer.fleet.replicas, authorization)
+    on_start(router.start_page(sources))
 
 
 def _shadow(policy: str | None) -> Shadow | None:

@@ -60,7 +60,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Refuse what could never work."""
         if not self.replicas:
-            raise ConfigError("no replica given: pass --replica URL at least once")
+            raise ConfigError("no replica given: pass its URL")
         if len(set(self.replicas)) != len(self.replicas):
             raise ConfigError("a replica is given twice")
         for url in self.replicas:

@@ -64,10 +64,8 @@ def test_a_request_follows_its_prefix_where_only_events_told_that_it_is(fleet):
     at_home, elsewhere = engines[int(home[1])], engines[int(other[1])]
     # The first prompt came before any event told the size of a block.
     ask(router, model, "mill", "Who grinds, and where?")
-    until(lambda: metric(admin, "roost_router_tokenizer_prompts_total") > 0)
-    before = would_go(admin, model, "mill", "Why?")
-    assert before["replica"] == home
-    assert before["rows"][home]["is_told"]
+    until(lambda: would_go(admin, model, "mill", "Why?")["rows"][home]["is_told"])
+    assert would_go(admin, model, "mill", "Why?")["replica"] == home
 
     # Behind the router's back the prefix leaves one replica, and comes to the other.
     for name in ("harbour", "vineyard"):
@@ -146,3 +144,25 @@ def test_what_is_no_model_has_no_tokenizer(tmp_path):
 
     assert shown.exit_code == 1
     assert "Error:" in shown.output
+
+
+def test_a_start_tells_what_replicas_lack(fleet):
+    engines, _, _, model = fleet
+    router = Process(
+        "route", *(engine.url for engine in engines), "--port", "0", "--admin-port", "0"
+    )
+    try:
+        router.until_line(r"replica +server +model +KV tokens +block +load +KV events +continues")
+        router.until_line(rf"r0 +roost +{model} +2,048 +16 +told +published +exactly")
+        router.until_line("r1 publishes KV events that are not followed")
+        router.until_line(f"pass --tokenizer {model}=FOLDER")
+    finally:
+        assert router.stop() == 0
+
+
+def test_a_router_without_replicas_says_so():
+    router = Process("route")
+
+    router.until_line("no replica given: pass its URL")
+    assert router.popen.wait(30) == 1
+    assert router.stop() == 1
