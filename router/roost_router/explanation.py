@@ -24,7 +24,7 @@ class CandidateRow(msgspec.Struct):
     uncached_tokens: int  # of the prompt, to be computed there
     queued_tokens: int  # placed there before, not yet computed
     num_decoding: int  # streams running
-    is_told: bool  # what is matched there: by its KV events, not by what was placed there
+    is_told: bool  # most of what is matched: by its KV events, not by what was placed there
     cost_s: float | None  # what the policy predicted and compared; None: not finite
 
 

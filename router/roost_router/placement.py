@@ -254,7 +254,7 @@ class Placer:
                 ours = matched_tokens
                 if is_all:
                     ours = self._untold_tokens(replica, chain, depths, density, now)
-                is_told = is_all or known.matched_tokens >= ours
+                is_told = is_all or 2 * known.matched_tokens >= ours  # most of it, at least
                 matched_tokens = min(prompt_tokens - 1, max(known.matched_tokens, ours))
             uncached_tokens = prompt_tokens - matched_tokens
             hoped_tokens = 0.0 if is_told else matched_tokens * (replica.kept_share - 1.0)

@@ -148,7 +148,7 @@ def test_a_stream_that_was_joined_late_tells_what_is_held_at_least():
     bench.bound()
 
     mine = bench.candidates()[home]
-    assert not mine.is_told  # what was placed there is more
+    assert not mine.is_told  # what was placed there is far more
     assert mine.matched_tokens >= TOKENS - SIZE
     replica = bench.fleet.replicas[home]
     bench.placer.index.retire(replica.holder)

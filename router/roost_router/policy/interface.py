@@ -61,7 +61,7 @@ class Candidate:
         self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
         #: By how much shorter than predicted waits there have turned out to be; at most 1.
         self.wait_scale: Final = wait_scale
-        self.is_told: Final = is_told  # matched_tokens are as its KV events tell
+        self.is_told: Final = is_told  # most of matched_tokens, by its KV events
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
         self.prompt_key: Final = prompt_key
