@@ -9,13 +9,15 @@ import pytest
 
 from roost_router.kv.report_mode import ask_for_reuse
 
+PATH = b"/v1/completions"
+
 
 @pytest.mark.parametrize("space", ["", " ", "\n\t "])
 def test_the_wish_is_added_and_all_else_is_as_it_was(space):
     fields = {"model": "m", "messages": [{"role": "user", "content": 'braces { and "quotes"'}]}
     body = space.encode() + json.dumps(fields).encode() + b"\n"
 
-    asked = ask_for_reuse(body)
+    asked = ask_for_reuse(PATH, body)
 
     wish = {"vllm_xargs": {"kv_cache_report_mode": "full"}}
     assert json.loads(asked) == {**wish, **fields}
@@ -25,12 +27,18 @@ def test_the_wish_is_added_and_all_else_is_as_it_was(space):
 def test_arguments_of_the_client_stay_as_they_are():
     body = b'{"model": "m", "vllm_xargs": {"mine": 1}, "prompt": "x"}'
 
-    assert ask_for_reuse(body) == body
+    assert ask_for_reuse(PATH, body) == body
 
 
 def test_what_is_no_object_stays_as_it_is():
-    assert ask_for_reuse(b"") == b""
-    assert ask_for_reuse(b"[1]") == b"[1]"
+    assert ask_for_reuse(PATH, b"") == b""
+    assert ask_for_reuse(PATH, b"[1]") == b"[1]"
+
+
+def test_embeddings_stay_as_they_are():
+    body = b'{"model": "m", "input": "x"}'
+
+    assert ask_for_reuse(b"/v1/embeddings", body) == body
 
 
 class _Follower:

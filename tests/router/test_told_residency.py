@@ -202,6 +202,10 @@ def test_while_reuse_is_reported_it_is_not_taken_for_copies():
     sink.apply([stored(PROMPT, 3), removed])
     assert bench.matched()[0] == 0
 
+    sink.drop_all()  # and so it stays for the next one
+    sink.apply([stored(PROMPT, 3), stored(PROMPT, 3), removed])
+    assert bench.matched()[0] == 0
+
     bench.told.report_reuse("r0", is_asked=False)
     sink.apply([stored(PROMPT, 3), stored(PROMPT, 3), removed])
     assert bench.matched()[0] == 3 * SIZE

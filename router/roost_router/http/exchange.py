@@ -388,7 +388,7 @@ class Exchange:
         request, pool = self._request, self._service.pool(self._placement.replica)
         body, follower = self._body, self._service.follower
         if follower is not None and self._placement.replica.name in follower.reseeding:
-            body = ask_for_reuse(body)
+            body = ask_for_reuse(request.head.path, body)
         start = replica_head(
             request.head,
             base_path=pool.base_path,

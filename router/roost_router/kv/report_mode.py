@@ -13,12 +13,12 @@ from typing import Final
 _FIELD: Final = b'"vllm_xargs":{"kv_cache_report_mode":"full"},'
 
 
-def ask_for_reuse(body: bytes) -> bytes:
+def ask_for_reuse(path: bytes, body: bytes) -> bytes:
     """`body`, a JSON object with fields, with the wish; as it is if it has such arguments itself.
 
-    O(bytes).
+    Only chats and completions have them, and leave blocks in the cache. O(bytes).
     """
     start = body.find(b"{") + 1
-    if not start or b'"vllm_xargs"' in body:
+    if not start or b'"vllm_xargs"' in body or not path.endswith(b"/completions"):
         return body
     return body[:start] + _FIELD + body[start:]

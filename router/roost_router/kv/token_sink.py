@@ -38,6 +38,7 @@ class TokenSink:
         self._changed = changed
         self._hashes_are_chain = hashes_are_chain
         self._counts_copies = counts_copies
+        self._tells_reuse = False
         self.holder = self._open()
         self.reason = Reason.NOT_HEARD
         self._trust = Trust.BLIND
@@ -73,6 +74,7 @@ class TokenSink:
 
     def report_reuse(self, *, is_asked: bool) -> None:
         """Whether the engine tells of blocks that are reused as if they were stored now."""
+        self._tells_reuse = is_asked
         self._index.count_copies(self.holder, self._counts_copies and not is_asked)
 
     def close(self) -> None:
@@ -88,5 +90,6 @@ class TokenSink:
 
     def _open(self) -> int:
         return self._index.open_holder(
-            hashes_are_chain=self._hashes_are_chain, counts_copies=self._counts_copies
+            hashes_are_chain=self._hashes_are_chain,
+            counts_copies=self._counts_copies and not self._tells_reuse,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from roost_router.openai_request import RoutingFields
+from roost_router.openai_request import EMBEDDINGS_PATH, RoutingFields
 from roost_router.tokens.service import TokenCounts, TokenService
 from roost_router.tokens.wire import Answer, Job
 from roost_router.told_residency import ToldResidency
@@ -59,7 +59,7 @@ class PromptTokens:
         O(text blocks). Never waits.
         """
         told, model = self._told, fields.model
-        if not told.knows(model):
+        if not told.knows(model) or path == EMBEDDINGS_PATH:  # nothing of these stays cached
             return
         knowledge = told.knowledge
         if not knowledge.wants_tokens(fields.chain):
