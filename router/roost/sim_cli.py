@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from roost.cli_parts import FILE
+from roost.cli_parts import FILE, NEW_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -92,7 +92,10 @@ _POSITIVE = click.FloatRange(0.0, min_open=True)
 @click.option("--limit", type=click.IntRange(1), help="Requests read of each trace.")
 @click.option("--seed", type=int, default=0, help="Ties and, with several routers, who asks whom.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row, in seconds.")
-def sim(traces: tuple[Path, ...], as_json: bool, limit: int | None, **options: Any) -> None:
+@click.option("--svg", type=NEW_FILE, help="Draw mean TTFT against load here.")
+def sim(
+    traces: tuple[Path, ...], as_json: bool, svg: Path | None, limit: int | None, **options: Any
+) -> None:
     """Simulate a fleet under the real router: policies on a TRACE, in virtual time.
 
     A TRACE has a JSON object a line, plain or gzip: t (ms), in, out (tokens), hash_ids, block.
@@ -102,6 +105,7 @@ def sim(traces: tuple[Path, ...], as_json: bool, limit: int | None, **options: A
     import msgspec
 
     from roost_loadtest.fleet_sim.load import TooLargeError
+    from roost_loadtest.fleet_sim.picture import picture
     from roost_loadtest.fleet_sim.summary import Row, table
     from roost_loadtest.fleet_sim.sweep import sweep
     from roost_loadtest.fleet_sim.trace import TraceError, read_trace
@@ -124,6 +128,8 @@ def sim(traces: tuple[Path, ...], as_json: bool, limit: int | None, **options: A
         raise click.ClickException(str(error)) from None
     if not as_json:
         click.echo(table(rows))
+    if svg is not None:
+        svg.write_text(picture(rows), encoding="utf-8")
 
 
 def _policies(names: Iterable[str]) -> dict[str, Callable[[], Policy]]:

@@ -32,7 +32,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
-    itl_mean_s: float  # between a request's tokens, mean over requests
+    #: Between a request's tokens, its mean; of these over requests:
+    itl_mean_s: float
+    itl_p50_s: float
+    itl_p99_s: float
     e2e_mean_s: float
     balance: float  # prompt tokens computed: the replica with the most, by the mean
     busy: float  # share of the run in which a replica computes, mean
@@ -61,6 +64,9 @@ def summarise(
     computed = [replica.computed_tokens for replica in replicas]
     virtual_s = max(job.ended_s for job in jobs) - jobs[0].arrived_s
     streams = sum(job.request.output_tokens > 1 for job in jobs)
+    of_streams = sorted(
+        itl for itl, job in zip(itls, jobs, strict=True) if job.request.output_tokens > 1
+    ) or [0.0]
     return Row(
         trace=trace,
         load=load,
@@ -72,6 +78,8 @@ def summarise(
         ttft_p90_s=percentile(ordered, 0.9),
         ttft_p99_s=percentile(ordered, 0.99),
         itl_mean_s=sum(itls) / max(1, streams),
+        itl_p50_s=percentile(of_streams, 0.5),
+        itl_p99_s=percentile(of_streams, 0.99),
         e2e_mean_s=sum(job.ended_s - job.arrived_s for job in jobs) / len(jobs),
         balance=max(computed) * len(computed) / sum(computed),
         busy=sum(replica.busy_s for replica in replicas) / len(replicas) / virtual_s,
@@ -82,6 +90,7 @@ def summarise(
 
 _HEAD = (
     f"{'policy':<24} {'hits':>6} {'ttft':>8} {'p50':>8} {'p90':>8} {'p99':>8} {'itl':>7} "
+    f"{'itl p99':>7} "
     f"{'e2e':>8} {'balance':>7} {'busy':>6} {'in slo':>6}"
 )
 
@@ -98,6 +107,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"{row.policy:<24} {row.hit_rate:>6.1%} {row.ttft_mean_s:>8.3f} {row.ttft_p50_s:>8.3f} "
             f"{row.ttft_p90_s:>8.3f} {row.ttft_p99_s:>8.3f} {row.itl_mean_s * 1e3:>7.1f} "
+            f"{row.itl_p99_s * 1e3:>7.1f} "
             f"{row.e2e_mean_s:>8.2f} {row.balance:>7.2f} {row.busy:>6.1%} {row.goodput:>6.1%}"
         )
     return "\n".join(lines[1:])
