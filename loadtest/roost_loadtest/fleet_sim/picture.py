@@ -85,8 +85,8 @@ def _panel(
         of_policy = sorted((row for row in rows if row.policy == policy), key=lambda row: row.load)
         places = [f"{x_of(row.load):.1f} {y_of(row.ttft_mean_s):.1f}" for row in of_policy]
         if len(places) == 1:  # a line of one point would not be seen
-            x, y = places[0].split()
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colors[policy]}"/>')
+            across, down = places[0].split()
+            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colors[policy]}"/>')
         elif places:
             parts.append(f'<path d="M{"L".join(places)}" {_stroke(policy, colors)}/>')
     return parts
