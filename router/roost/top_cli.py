@@ -215,10 +215,11 @@ def _screen() -> Iterator[_Wait]:
         undo.callback(os.close, woken)
         undo.callback(os.close, wakes)
         os.set_blocking(wakes, False)
-        # A signal writes to the pipe, so that a window that changes its size is drawn at once.
+        # A signal writes its number to the pipe, so that a window that changes its size is drawn at
+        # once; and so that Ctrl-C is no exception, which is lost where it meets a finalizer.
         undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wakes))
-        resized = signal.signal(signal.SIGWINCH, lambda *_: None)
-        undo.callback(signal.signal, signal.SIGWINCH, resized)
+        for number in (signal.SIGWINCH, signal.SIGINT):
+            undo.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         keys = None
         if sys.stdin.isatty():
             keys = sys.stdin.fileno()
@@ -241,8 +242,8 @@ class _Wait:
         """Whether to leave."""
         watched = [self._woken] if self._keys is None else [self._woken, self._keys]
         ready, _, _ = select.select(watched, [], [], limit_s)
-        if self._woken in ready:
-            os.read(self._woken, 64)
+        if self._woken in ready and signal.SIGINT in os.read(self._woken, 64):
+            return True
         if self._keys is None or self._keys not in ready:
             return False
         pressed = os.read(self._keys, 64)
