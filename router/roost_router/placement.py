@@ -280,6 +280,7 @@ class Placer:
                     is_speed_known=speed.num_observed > 0,
                     wait_scale=wait_scale,
                     is_told=is_told,
+                    num_others=replica.num_others,
                 )
             )
         return Options(fields, replicas, candidates, depths, kinds)

@@ -133,3 +133,14 @@ def test_waits_that_turn_out_shorter_count_for_less():
     usual, shorter = candidate(queued_tokens=4000), candidate(queued_tokens=4000, wait_scale=0.25)
 
     assert start_s(shorter) == pytest.approx(start_s(usual) / 4)
+
+
+def test_queues_of_others_that_nobody_sees_make_a_second_dearer():
+    """One of two has a queue of ours; with three of four requests theirs, the other may, too."""
+    busy = candidate(queued_tokens=1000, num_in_flight=2)
+    shared = candidate(queued_tokens=1000, num_in_flight=2, num_others=3)
+    idle, theirs = candidate(num_in_flight=0), candidate(num_in_flight=0, num_others=3)
+
+    assert price([busy, idle]) == pytest.approx(5.0)
+    assert price([shared, theirs]) == pytest.approx(10.0 * (1 - 0.5**4))
+    assert price([idle, theirs]) == 0.0  # no queue of ours: nothing to go by

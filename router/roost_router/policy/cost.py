@@ -7,11 +7,15 @@
     start_i = max(w_i, m_i)
     cost_i  = start_i + p_i * (f_i + mu + DECODE_WEIGHT * decoding_i)
               + DECODE_STEPS * decoding_i * decode_s_i
-    mu      = MAX_PRICE * (share of the candidates that have a queue)
+    mu      = MAX_PRICE * (1 - (1 - share of the candidates with a queue of ours) ** (all / ours))
 
 The first two terms are the wait of this request. mu is what it costs the others: a second of
 prefill on a busy fleet keeps many waiting, on an idle one nobody, and there a second holder of a
 hot prefix costs nothing and is worth something.
+
+The exponent is for other routers: of the queues that they cause nothing is seen here, but replicas
+tell how many requests they have, and that of `all` requests there only so many are ours. Where we
+see the queues of one in four requests, a replica without one of ours may well have one of theirs.
 
 The last term is its decoding: a step takes decode_s longer for each stream that is running, and
 DECODE_STEPS of them count. Of a few hundred that an answer has, since a second more of decoding is
@@ -122,11 +126,16 @@ def start_s(candidate: Candidate) -> float:
 
 def price(candidates: list[Candidate]) -> float:
     """mu: seconds that a second of prefill costs others."""
-    num_busy = 0
+    num_busy = num_ours = num_others = 0
     for candidate in candidates:
+        num_ours += candidate.num_in_flight
+        num_others += candidate.num_others
         if candidate.queued_tokens > 0:
             num_busy += 1
-    return MAX_PRICE * num_busy / len(candidates)
+    share = num_busy / len(candidates)
+    if num_others and num_ours:
+        share = 1.0 - (1.0 - share) ** (1.0 + num_others / num_ours)
+    return MAX_PRICE * share
 
 
 def cost_s(candidate: Candidate, starts_s: float, mu: float) -> float:

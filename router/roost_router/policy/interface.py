@@ -37,6 +37,7 @@ class Candidate:
         is_speed_known: bool = True,
         wait_scale: float = 1.0,
         is_told: bool = False,
+        num_others: int = 0,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
@@ -61,6 +62,7 @@ class Candidate:
         self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
         #: By how much shorter than predicted waits there have turned out to be; at most 1.
         self.wait_scale: Final = wait_scale
+        self.num_others: Final = num_others  # requests of others there, as last reported
         self.is_told: Final = is_told  # most of matched_tokens, by its KV events
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
