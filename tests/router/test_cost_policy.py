@@ -129,12 +129,6 @@ def test_kv_is_released_at_the_rate_that_was_seen_lately():
     assert release.tokens_per_s(600, 500.0) == 10.0
 
 
-def test_waits_that_turn_out_shorter_count_for_less():
-    usual, shorter = candidate(queued_tokens=4000), candidate(queued_tokens=4000, wait_scale=0.25)
-
-    assert start_s(shorter) == pytest.approx(start_s(usual) / 4)
-
-
 def test_queues_of_others_that_nobody_sees_make_a_second_dearer():
     """One of two has a queue of ours; with three of four requests theirs, the other may, too."""
     busy = candidate(queued_tokens=1000, num_in_flight=2)

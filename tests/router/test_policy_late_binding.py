@@ -16,7 +16,9 @@ from roost_router.policy.late_binding import HOLD_S, MAX_LOOKS, LateBinding
 SPEED = 1000.0  # tokens/s
 
 
-def candidate(queued_s: float = 0.0, own_s: float = 1.0, name: str = "r0") -> Candidate:
+def candidate(
+    queued_s: float = 0.0, own_s: float = 1.0, name: str = "r0", wait_scale: float = 1.0
+) -> Candidate:
     return Candidate(
         name,
         matched_tokens=0,
@@ -26,6 +28,7 @@ def candidate(queued_s: float = 0.0, own_s: float = 1.0, name: str = "r0") -> Ca
         prefill_tokens_per_s=SPEED,
         decode_s=0.01,
         recent_uncached_tokens=0.0,
+        wait_scale=wait_scale,
     )
 
 
@@ -436,3 +439,13 @@ def test_the_queue_agrees_with_a_plain_list(steps, max_held):
         for tenant in {held.tenant for held in model}:
             own = [held for held in looked_at if held.tenant == tenant]
             assert own == sorted(own, key=lambda held: (held.order, held.number))
+
+
+@pytest.mark.parametrize(("wait_scale", "is_bound"), [(1.0, False), (0.5, False), (0.1, True)])
+def test_waits_that_turn_out_shorter_than_predicted_hold_nobody(wait_scale, is_bound):
+    busy = candidate(queued_s=1.0, wait_scale=wait_scale)
+    late: LateBinding[str] = LateBinding(CostPolicy(holds=True))
+
+    taken, _ = late.offer("r", [busy], 0.0, Random(1))
+
+    assert isinstance(taken, Decision) is is_bound

@@ -2,7 +2,7 @@
 
     p_i     = (uncached_i - hoped_i) / prefill_i                     own prefill
     f_i     = 1 + decoding_i * decode_s_i * prefill_i / CHUNK_TOKENS
-    w_i     = scale_i * f_i * queued_i / prefill_i                   the queue before it
+    w_i     = f_i * queued_i / prefill_i                             the queue before it
     m_i     = max(0, queued_i + uncached_i - free_i) / release_i     until its KV blocks are free
     start_i = max(w_i, m_i)
     cost_i  = start_i + p_i * (f_i + mu + DECODE_WEIGHT * decoding_i)
@@ -21,8 +21,6 @@ The last term is its decoding: a step takes decode_s longer for each stream that
 DECODE_STEPS of them count. Of a few hundred that an answer has, since a second more of decoding is
 not as bad as one before the first token; but without it, whoever wants a hot prefix goes where it
 is cached, however crowded.
-
-scale_i is 1, less where waits have turned out shorter than so predicted (fleet/speed.py).
 
 f_i is decode interference: each chunk of CHUNK_TOKENS of prefill also runs one decode step, which
 `decode_s` for each running stream makes longer. What waits in the router for i is added to start_i
@@ -108,8 +106,7 @@ def interference(candidate: Candidate) -> float:
 
 def queue_s(candidate: Candidate) -> float:
     """w_i: seconds until the prefill that is queued there is done."""
-    factor = candidate.wait_scale * interference(candidate)
-    return factor * candidate.queued_tokens / candidate.prefill_tokens_per_s
+    return interference(candidate) * candidate.queued_tokens / candidate.prefill_tokens_per_s
 
 
 def start_s(candidate: Candidate) -> float:

@@ -23,6 +23,10 @@ in whether it could start: they are here, not there). Before a newcomer are all,
 those that the look came to first. Else a queue that is kept short in the replicas looks short, all
 wait for the one that holds a hot prefix, and the others idle.
 
+Whether one could start is judged by waits as they turn out: where first tokens come sooner than
+predicted (fleet/speed.py), by as much. Not so in cost: a queue that looks shorter draws whoever
+wants a hot prefix to its holder (32 replicas: up to a third more TTFT).
+
 One object serves requests that have the same replicas to choose from: one for each model.
 
 Source: the simulations that docs/decisions/0004 quotes: mean TTFT is 1.67 times as long without
@@ -128,4 +132,4 @@ class Look(Generic[Request]):
 
 
 def _starts_soon(candidate: Candidate, starts_s: float, hold_s: float) -> bool:
-    return starts_s <= hold_s or not candidate.is_speed_known
+    return candidate.wait_scale * starts_s <= hold_s or not candidate.is_speed_known
