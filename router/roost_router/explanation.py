@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from roost_router.receipts import seen
+
 if TYPE_CHECKING:
     from roost_router.placement import Options
     from roost_router.policy.interface import Decision
@@ -125,16 +127,8 @@ def explain(request_id: bytes, packed: bytes, at: Callable[[float], str]) -> Exp
 def dry_run(options: Options, decision: Decision) -> DryRun:
     """What `decision` on `options` says. O(candidates)."""
     rows = [
-        CandidateRow(
-            seen.name,
-            seen.matched_tokens,
-            seen.uncached_tokens,
-            seen.queued_tokens,
-            seen.num_decoding,
-            seen.is_told,
-            cost,
-        )
-        for seen, cost in zip(options.candidates, decision.costs_s, strict=True)
+        CandidateRow(*seen(candidate), cost)
+        for candidate, cost in zip(options.candidates, decision.costs_s, strict=True)
     ]
     chosen = decision.chosen
     return DryRun(
@@ -150,7 +144,7 @@ def dry_run(options: Options, decision: Decision) -> DryRun:
 def _attempt(attempt: _PackedAttempt) -> Attempt:
     costs = attempt.costs_s
     candidates = [
-        CandidateRow(*seen, cost) for seen, cost in zip(attempt.candidates, costs, strict=True)
+        CandidateRow(*told, cost) for told, cost in zip(attempt.candidates, costs, strict=True)
     ]
     return Attempt(
         candidates[attempt.chosen].replica,

@@ -139,16 +139,16 @@ def _unreported(row: ReplicaRow) -> Iterator[Finding]:
         yield Finding("error", row.name, what, _cure(_CACHING, row))
 
 
-def events_cure(dialect: str) -> str:
-    """What makes a server publish KV events."""
-    return _EVENTS.get(dialect, _EVENTS[""])
+def no_kv_events(row: ReplicaRow) -> Finding:
+    """A replica publishes none."""
+    what = "publishes no KV events: what it evicts is guessed"
+    return Finding("note", row.name, what, _cure(_EVENTS, row))
 
 
 def _untold(row: ReplicaRow) -> Iterator[Finding]:
     """What its KV events leave open, where they are followed."""
     if row.kv_streams is not None and not row.kv_streams:
-        what = "publishes no KV events: what it evicts is guessed"
-        yield Finding("note", row.name, what, events_cure(row.dialect))
+        yield no_kv_events(row)
     for stream in row.kv_streams or ():
         if stream.trust != "exact":
             what = f"KV events of rank {stream.rank} are {stream.trust.replace('_', ' ')}"

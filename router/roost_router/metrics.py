@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
-    CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
@@ -28,6 +27,7 @@ from roost_router.hit_ladder import HitLadder
 from roost_router.kv_metrics import KvCollector
 from roost_router.recent import RecentTraffic
 from roost_router.rungs import RUNGS, ModelLadder
+from roost_router.series import PREFIX, counter, gauge
 
 if TYPE_CHECKING:
     from roost_router.fleet.replica import Replica
@@ -54,7 +54,6 @@ _BUCKETS_S: Final[tuple[float, ...]] = (
     60.0,
     120.0,
 )
-_PREFIX: Final = "roost_router_"
 _bisect: Final = bisect_left  # a Final is no look-up where this is compiled
 
 
@@ -171,23 +170,23 @@ class RouterMetrics(Collector):
             for (model, outcome), count in series.requests.items()
         }
         labels = ("model", "replica", "outcome")
-        yield _counter("requests", "Requests by how they ended.", labels, counted)
+        yield counter("requests", "Requests by how they ended.", labels, counted)
         for kind, text, label, counts in (
             ("refused", "Refused before a replica was chosen.", "status", self._refused),
             ("retries", "Attempts on another replica.", "reason", self._retries),
             ("resumes", "Streams continued elsewhere.", "reason", self._resumes),
         ):
-            yield _counter(kind, text, (label,), {(of,): n for of, n in counts.items()})
+            yield counter(kind, text, (label,), {(of,): n for of, n in counts.items()})
         told = {(name,): series for name, series in self._series.items() if series.prompt_tokens}
         for kind, text, read in _TOKENS:
-            yield _counter(kind, text, ("replica",), {of: read(s) for of, s in told.items()})
+            yield counter(kind, text, ("replica",), {of: read(s) for of, s in told.items()})
         yield self._histogram("ttft_seconds", "Time to first token of streams.", _ttft)
         yield self._histogram("request_seconds", "Whole duration of requests.", _duration)
         if self.shadow is not None:
             yield from _shadow_gauges(self.shadow.report(self.ended_at))
 
     def _histogram(self, name: str, text: str, read: Callable[[_Series], _Histogram]) -> Metric:
-        family = HistogramMetricFamily(_PREFIX + name, text, labels=("replica",))
+        family = HistogramMetricFamily(PREFIX + name, text, labels=("replica",))
         for replica, series in self._series.items():
             read(series).add_to(family, (replica,))
         return family
@@ -208,15 +207,6 @@ _TOKENS: Final[tuple[tuple[str, str, Callable[[_Series], int]], ...]] = (
 )
 
 
-def _counter(
-    name: str, text: str, labels: tuple[str, ...], counts: Mapping[tuple[str, ...], int]
-) -> Metric:
-    family = CounterMetricFamily(_PREFIX + name, text, labels=labels)
-    for values, count in counts.items():
-        family.add_metric(values, count)
-    return family
-
-
 def _show(shadow: Shadow, record: RequestRecord) -> None:
     """Every decision behind a request: of attempts that were lost, and the last."""
     placements = [leg.placement for leg in record.lost_legs]
@@ -234,7 +224,7 @@ def _shadow_gauges(report: ShadowReport) -> Iterator[GaugeMetricFamily]:
         ("shadow_wait_seconds", "Predicted to the first token, mean.", report.shadow_wait_s),
         ("shadow_hit_share", "Prompt tokens believed in cache.", report.shadow_hit_rate),
     ):
-        family = GaugeMetricFamily(_PREFIX + name, text, labels=("policy",))
+        family = GaugeMetricFamily(PREFIX + name, text, labels=("policy",))
         if value is not None:
             family.add_metric((report.policy,), value)
         yield family
@@ -246,7 +236,7 @@ class _FleetCollector(Collector):
     def __init__(self, placer: Placer) -> None:
         self._placer = placer
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the current values."""
         fleet, index = self._placer.fleet, self._placer.index
         gauges: dict[str, tuple[str, Callable[[Replica], float]]] = {
@@ -261,13 +251,8 @@ class _FleetCollector(Collector):
             "prefill_tokens_per_second": ("Fitted prefill speed.", fleet.prefill_tokens_per_s),
         }
         for name, (text, read) in gauges.items():
-            family = GaugeMetricFamily(_PREFIX + name, text, labels=("replica",))
-            for replica in fleet.replicas:
-                family.add_metric((replica.name,), read(replica))
-            yield family
-        blocks = GaugeMetricFamily(_PREFIX + "index_blocks", "Distinct blocks in the index.")
-        blocks.add_metric((), len(index))
-        yield blocks
+            yield gauge(name, text, ("replica",), {(r.name,): read(r) for r in fleet.replicas})
+        yield gauge("index_blocks", "Distinct blocks in the index.", (), {(): len(index)})
 
 
 class _HeldCollector(Collector):
@@ -276,12 +261,10 @@ class _HeldCollector(Collector):
     def __init__(self, num_held: Callable[[], int]) -> None:
         self._num_held = num_held
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the current value."""
         text = "Requests held until a replica can start them."
-        family = GaugeMetricFamily(_PREFIX + "held_requests", text)
-        family.add_metric((), self._num_held())
-        yield family
+        yield gauge("held_requests", text, (), {(): self._num_held()})
 
 
 class _LadderCollector(Collector):
@@ -294,7 +277,7 @@ class _LadderCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the current values."""
         family = GaugeMetricFamily(
-            _PREFIX + "hit_ladder_share",
+            PREFIX + "hit_ladder_share",
             "Share of prompt tokens from cache, over ten minutes; hit_ladder.py tells the rungs.",
             labels=("model", "rung"),
         )

@@ -236,14 +236,16 @@ class Placer:
             kinds = _unseen_kinds(chain, depths, replicas)
         unseen = self._unseen(fields.model)
         is_thin = thin([self.index.num_bytes(replica.holder) for replica in replicas])
+        unfitted: tuple[float, float] | None = None  # what is expected of all without a fit
         candidates = []
         for number, replica in enumerate(replicas):
             matched_tokens, speed = 0, replica.speed
             if speed.num_observed:
                 tokens_per_s, wait_scale = speed.prefill_tokens_per_s, speed.wait_scale
             else:
-                tokens_per_s = fleet.prefill_tokens_per_s(replica)
-                wait_scale = fleet.wait_scale(replica)
+                if unfitted is None:
+                    unfitted = fleet.expected_speed(replica)
+                tokens_per_s, wait_scale = unfitted
             capacity = replica.kv_capacity_tokens or 0
             if replica.holder in depths:
                 matched_bytes = chain_bytes(depths[replica.holder])

@@ -25,6 +25,7 @@ import msgspec
 if TYPE_CHECKING:
     from roost_router.http.record import RequestRecord
     from roost_router.placement import Placement
+    from roost_router.policy.interface import Candidate
 
 MAX_RECEIPTS: Final = 100_000
 MAX_BYTES: Final = 64 << 20
@@ -105,15 +106,17 @@ def _attempt(
         lost,
         then,
         decision.costs_s,  # by itself: zip(strict=True) below would cost half a microsecond
-        [
-            (
-                c.name,
-                c.matched_tokens,
-                c.uncached_tokens,
-                c.queued_tokens,
-                c.num_decoding,
-                c.is_told,
-            )
-            for c in placement.candidates
-        ],
+        [seen(candidate) for candidate in placement.candidates],
+    )
+
+
+def seen(candidate: Candidate) -> tuple[str, int, int, int, int, bool]:
+    """What is told of a candidate: the first fields of explanation.CandidateRow."""
+    return (
+        candidate.name,
+        candidate.matched_tokens,
+        candidate.uncached_tokens,
+        candidate.queued_tokens,
+        candidate.num_decoding,
+        candidate.is_told,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from roost_router.answer.resume import EXACT_DIALECT, TEXT_DIALECTS
-from roost_router.findings import Finding, events_cure
+from roost_router.findings import Finding, no_kv_events
 
 if TYPE_CHECKING:
     from roost_router.fleet_page import FleetPage, ReplicaRow
@@ -44,8 +44,14 @@ def start_page(
 ) -> StartPage:
     """The page. `sources`: streams of KV events by replica; None: it could not be asked."""
     rows = [_row(row, sources.get(row.name), follows_events) for row in page.replicas]
-    missing = [finding for row in page.replicas for finding in _missing(row, rows, follows_events)]
-    return StartPage(rows, [*page.findings, *missing])
+    findings = list(page.findings)
+    for row, found in zip(page.replicas, rows, strict=True):
+        # What /fleet does not find, since nobody asked for it yet.
+        if row.state == "up" and found.kv_events == "published":
+            findings.append(_not_followed(row))
+        elif row.state == "up" and found.kv_events == "none" and not follows_events:
+            findings.append(no_kv_events(row))
+    return StartPage(rows, findings)
 
 
 def _row(row: ReplicaRow, sources: list[KvSource] | None, follows_events: bool) -> StartRow:
@@ -72,14 +78,7 @@ def _continues(dialect: str) -> str:
     return "by text" if dialect in TEXT_DIALECTS else "completions"
 
 
-def _missing(row: ReplicaRow, rows: list[StartRow], follows_events: bool) -> list[Finding]:
-    """What /fleet does not find: KV events, which nobody asked for yet."""
-    (found,) = [start.kv_events for start in rows if start.name == row.name]
-    if row.state != "up" or follows_events or found == "unknown":
-        return []
-    if found == "published":
-        what, model = "publishes KV events that are not followed", "".join(row.models[:1])
-        cure = f"pass --tokenizer {model}=FOLDER, with its tokenizer.json and chat template"
-    else:
-        what, cure = "publishes no KV events: what it evicts is guessed", events_cure(row.dialect)
-    return [Finding("note", row.name, what, cure)]
+def _not_followed(row: ReplicaRow) -> Finding:
+    model = "".join(row.models[:1])
+    cure = f"pass --tokenizer {model}=FOLDER, with its tokenizer.json and chat template"
+    return Finding("note", row.name, "publishes KV events that are not followed", cure)

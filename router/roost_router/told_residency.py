@@ -126,8 +126,7 @@ class ToldResidency:
 
         `chain`: of the prompt's text, not empty. O(replicas + distinct depths * log).
         """
-        if self._is_stale:
-            self._refresh()
+        self._refresh()
         if not self._mask or model not in self._models:
             return _NOTHING
         known = self.knowledge.lookup(chain, self._mask)

@@ -142,11 +142,11 @@ def test_a_replica_that_showed_nothing_yet_is_taken_to_be_as_the_others():
     index = PrefixIndex()
     fleet = Fleet(index, ["http://h0", "http://h1", "http://h2"])
     one, other, new = fleet.replicas
-    assert fleet.wait_scale(new) == 1.0
+    assert fleet.expected_speed(new)[1] == 1.0
     for replica, ttft_s in ((one, 0.5), (other, 0.25)):
         for _ in range(200):
             replica.speed.observe_ttft(1000, ttft_s)
             replica.speed.observe_wait(1.0, ttft_s)
 
-    assert fleet.wait_scale(one) == pytest.approx(0.5, abs=0.01)
-    assert fleet.wait_scale(new) == pytest.approx(0.375, abs=0.01)
+    assert fleet.expected_speed(one)[1] == pytest.approx(0.5, abs=0.01)
+    assert fleet.expected_speed(new)[1] == pytest.approx(0.375, abs=0.01)

@@ -136,23 +136,20 @@ class Fleet:
         return any(r.is_up and model in r.models and r.name not in tried for r in self.replicas)
 
     def prefill_tokens_per_s(self, replica: Replica) -> float:
-        """Fitted speed; before the first fit the fleet's median.
+        """Fitted speed; before the first fit the fleet's median."""
+        return self.expected_speed(replica)[0]
 
-        So a new replica is neither flooded nor starved. O(1), but O(replicas) for a new one.
+    def expected_speed(self, replica: Replica) -> tuple[float, float]:
+        """Prefill in tokens/s, and by how much shorter than predicted waits are.
+
+        Before the first fit the fleet's medians, the same for all such replicas: so a new one is
+        neither flooded nor starved. O(1), but O(replicas) for a new one.
         """
+        speeds = [replica.speed]
         if not replica.speed.num_observed:
-            speeds = [other.speed for other in self.replicas if other.speed.num_observed]
-            if speeds:
-                return median(speed.prefill_tokens_per_s for speed in speeds)
-        return replica.speed.prefill_tokens_per_s
-
-    def wait_scale(self, replica: Replica) -> float:
-        """Likewise, by how much shorter than predicted waits there turn out to be."""
-        if not replica.speed.num_observed:
-            scales = [r.speed.wait_scale for r in self.replicas if r.speed.num_observed]
-            if scales:
-                return median(scales)
-        return replica.speed.wait_scale
+            speeds = [r.speed for r in self.replicas if r.speed.num_observed] or speeds
+        tokens_per_s = median([speed.prefill_tokens_per_s for speed in speeds])
+        return tokens_per_s, median([speed.wait_scale for speed in speeds])
 
     def retry_budget(self, model: str) -> RetryBudget:
         """The retries that requests of `model` may still cause."""
