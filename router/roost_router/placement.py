@@ -104,6 +104,20 @@ def _unseen_kinds(chain: list[int], depths: dict[int, int], replicas: list[Repli
     ]
 
 
+def _matched_tokens(
+    replica: Replica, depths: dict[int, int], density: float, prompt_tokens: int
+) -> int:
+    """Of a prompt, what is there by our own placements, less what running requests keep."""
+    if replica.holder not in depths:
+        return 0
+    matched_bytes = chain_bytes(depths[replica.holder])
+    matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
+    if replica.ended_holder is None or not replica.kept.is_by_slot:
+        return matched_tokens
+    ended_bytes = chain_bytes(depths.get(replica.ended_holder, 0))
+    return min(matched_tokens, int(ended_bytes / density))
+
+
 class Placement:
     """One request on one replica, from decision to end."""
 
@@ -115,6 +129,8 @@ class Placement:
         candidates: list[Candidate],
         matched_blocks: int,
         matched_stamps: list[int],
+        ended_stamps: list[int] | None,
+        is_after_running: bool,
         stamp: int,
         oldest_pending: int,
         unseen_kind: int | None,
@@ -132,8 +148,11 @@ class Placement:
         self.matched_tokens: Final = chosen.matched_tokens  # predicted
         self.uncached_tokens: Final = chosen.uncached_tokens  # predicted; what was reserved
         self.was_told: Final = chosen.is_told  # matched_tokens, by KV events
+        self.prompt_tokens: Final = chosen.prompt_tokens  # predicted
         #: Uncached tokens that stood before the first token, queue included.
         self.work_tokens: Final = chosen.queued_tokens + chosen.uncached_tokens
+        #: The same, if nothing of them turns out to be cached.
+        self.most_tokens: Final = replica.queued_prompt_tokens + chosen.prompt_tokens
         speed = chosen.prefill_tokens_per_s
         #: Predicted until the first token, beside the streams that are running.
         self.predicted_s: Final = interference(chosen) * self.work_tokens / speed
@@ -143,10 +162,15 @@ class Placement:
         self.chain: Final = fields.chain
         self.matched_blocks: Final = matched_blocks
         self.matched_stamps: Final = matched_stamps  # of the blocks before this placement
+        #: Of those that requests computed which ended since; None: these are not told apart.
+        self.ended_stamps: Final = ended_stamps
+        #: The last that had all of the matched blocks was running.
+        self.is_after_running: Final = is_after_running
         #: Oldest placement of this replica still without a first byte.
         self.oldest_pending: Final = oldest_pending
         self.unseen_kind: Final = unseen_kind  # None: no block of it was unknown
         self.first_byte_at: float | None = None
+        self.ttft_s: float | None = None  # of a stream; None again once it was observed
         self.is_decoding = False  # counted as a running stream, no longer as queued
         self.is_finished = False
         self.has_learnt = False
@@ -186,6 +210,8 @@ class Placer:
         self._stamp = 0
         self._unseen_by_model: dict[str, Unseen] = {}
         self._pending: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
+        #: Stamps of placements that have shown a first byte and no end.
+        self._running: dict[str, set[int]] = {r.name: set() for r in fleet.replicas}
         self._silent: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
         self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
 
@@ -222,6 +248,8 @@ class Placer:
         holders = 0
         for replica in replicas:
             holders |= 1 << replica.holder
+            if replica.ended_holder is not None:
+                holders |= 1 << replica.ended_holder
             waiting = silent[replica.name]
             if waiting:
                 self._assume_prefilled(waiting, now)
@@ -239,7 +267,7 @@ class Placer:
         unfitted: tuple[float, float] | None = None  # what is expected of all without a fit
         candidates = []
         for number, replica in enumerate(replicas):
-            matched_tokens, speed = 0, replica.speed
+            speed = replica.speed
             if speed.num_observed:
                 tokens_per_s, wait_scale = speed.prefill_tokens_per_s, speed.wait_scale
             else:
@@ -247,9 +275,7 @@ class Placer:
                     unfitted = fleet.expected_speed(replica)
                 tokens_per_s, wait_scale = unfitted
             capacity = replica.kv_capacity_tokens or 0
-            if replica.holder in depths:
-                matched_bytes = chain_bytes(depths[replica.holder])
-                matched_tokens = min(prompt_tokens - 1, int(matched_bytes / density))
+            matched_tokens = _matched_tokens(replica, depths, density, prompt_tokens)
             known, is_told = told[number] if told else None, False
             if known is not None:
                 is_all = known.matched_tokens < known.bound_tokens
@@ -259,7 +285,7 @@ class Placer:
                 is_told = is_all or 2 * known.matched_tokens >= ours  # most of it, at least
                 matched_tokens = min(prompt_tokens - 1, max(known.matched_tokens, ours))
             uncached_tokens = prompt_tokens - matched_tokens
-            hoped_tokens = 0.0 if is_told else matched_tokens * (replica.kept_share - 1.0)
+            hoped_tokens = 0.0 if is_told else matched_tokens * (replica.kept.share - 1.0)
             if kinds:
                 hoped_tokens += uncached_tokens * unseen.share(kinds[number])
             candidates.append(
@@ -283,6 +309,7 @@ class Placer:
                     wait_scale=wait_scale,
                     is_told=is_told,
                     num_others=replica.num_others,
+                    slot_wait_s=replica.slot_wait_s(),
                 )
             )
         return Options(fields, replicas, candidates, depths, kinds)
@@ -308,13 +335,22 @@ class Placer:
         self._stamp = stamp = self._stamp + 1
         pending, holder = self._pending[replica.name], replica.holder
         matched_blocks = options.depths.get(holder, 0)
+        matched_stamps: list[int] = []
+        if matched_blocks:
+            matched_stamps = self.index.stamps(holder, chain[:matched_blocks])
+        ended_stamps: list[int] | None = None
+        if replica.ended_holder is not None:
+            ended_blocks = min(matched_blocks, options.depths.get(replica.ended_holder, 0))
+            ended_stamps = self.index.stamps(replica.ended_holder, chain[:ended_blocks])
         placement = Placement(
             replica,
             fields,
             decision,
             options.candidates,
             matched_blocks,
-            self.index.stamps(holder, chain[:matched_blocks]) if matched_blocks else [],
+            matched_stamps,
+            ended_stamps,
+            bool(matched_stamps) and matched_stamps[-1] in self._running[replica.name],
             stamp,
             next(iter(pending), stamp),
             options.unseen_kinds[decision.chosen] if options.unseen_kinds else None,
@@ -326,7 +362,7 @@ class Placer:
         if chain:
             self.index.add(holder, chain, stamp)
         tokens_per_s = options.candidates[decision.chosen].prefill_tokens_per_s
-        replica.reserve(placement.uncached_tokens, tokens_per_s, now)
+        replica.reserve(placement.uncached_tokens, placement.prompt_tokens, tokens_per_s, now)
         replica.health.placed(now)
         return placement
 
@@ -338,14 +374,16 @@ class Placer:
         replica = placement.replica
         self._start_decoding(placement, now)
         self._settle(placement)
+        self._running[replica.name].add(placement.stamp)
         if self.told is not None:
             self.told.settled(replica.name, placement.stamp, now)
         if placement.holder == replica.holder:
             self.index.trim(placement.holder)
         if streamed:
-            ttft_s = now - placement.placed_at
-            replica.speed.observe_ttft(placement.work_tokens, ttft_s)
-            replica.speed.observe_wait(placement.predicted_s, ttft_s)
+            placement.ttft_s = now - placement.placed_at
+            replica.speed.observe_wait(placement.predicted_s, placement.ttft_s)
+            if not placement.matched_tokens:
+                self._observe_ttft(placement, placement.uncached_tokens)
 
     def learn(self, placement: Placement, prompt_tokens: int, cached_tokens: int | None) -> None:
         """The replica counted the prompt and, maybe, told what its cache held. Once a request.
@@ -369,9 +407,10 @@ class Placer:
         if self.told is not None and counted is not None:
             self.told.compare(placement.model, placement.replica, counted, prompt_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
+            self._observe_ttft(placement, prompt_tokens - cached_tokens)
             is_same = placement.holder == placement.replica.holder
-            if placement.matched_tokens and is_same and not placement.was_told:
-                placement.replica.learn_kept(placement.matched_tokens, cached_tokens)
+            if placement.matched_blocks and is_same and not placement.was_told:
+                self._learn_kept(placement, cached_tokens, density)
             if placement.unseen_kind is not None:
                 self._unseen(placement.model).learn(
                     placement.unseen_kind,
@@ -379,6 +418,17 @@ class Placer:
                     cached_tokens - placement.matched_tokens,
                 )
             self._correct(placement, cached_tokens, density)
+
+    def _learn_kept(self, placement: Placement, cached_tokens: int, density: float) -> None:
+        kept, ended = placement.replica.kept, placement.ended_stamps
+        believed_tokens = int(chain_bytes(placement.matched_blocks) / density)
+        if ended is not None and believed_tokens:
+            ended_tokens = int(chain_bytes(len(ended)) / density)
+            if ended_tokens:
+                kept.learn_ended(ended_tokens, cached_tokens)
+            if placement.is_after_running and 2 * ended_tokens < believed_tokens:
+                kept.learn_running(believed_tokens, cached_tokens)
+        self.fleet.learn_kept(placement.replica, max(1, believed_tokens), cached_tokens)
 
     def finish(self, placement: Placement, now: float, num_events: int = 0) -> None:
         """The request left: answered, failed or aborted. Idempotent.
@@ -396,11 +446,19 @@ class Placer:
                 self.index.undo(
                     placement.holder, placement.chain, placement.matched_blocks, placement.stamp
                 )
-        elif num_events >= _MIN_EVENTS_FOR_ITL:
-            itl_s = (now - first_at) / (num_events - 1)
-            replica.speed.observe_itl(itl_s, max(1, replica.num_decoding + replica.num_others))
-        replica.release(placement.uncached_tokens, decoding=placement.is_decoding)
-        kv_tokens = placement.matched_tokens + placement.uncached_tokens + num_events
+        else:
+            self._observe_ttft(placement, placement.uncached_tokens)
+            if placement.fields.stream:
+                replica.speed.observe_answer(now - first_at)
+            if num_events >= _MIN_EVENTS_FOR_ITL:
+                itl_s = (now - first_at) / (num_events - 1)
+                replica.speed.observe_itl(itl_s, max(1, replica.num_decoding + replica.num_others))
+        self._running[replica.name].discard(placement.stamp)
+        self._end(placement)
+        replica.release(
+            placement.uncached_tokens, placement.prompt_tokens, decoding=placement.is_decoding
+        )
+        kv_tokens = placement.prompt_tokens + num_events
         replica.kv_release.released(kv_tokens, now)
 
     def _untold_tokens(
@@ -452,7 +510,29 @@ class Placer:
     def _start_decoding(self, placement: Placement, at: float) -> None:
         if not placement.is_decoding:
             placement.is_decoding = True
-            placement.replica.start_decoding(placement.uncached_tokens, at)
+            placement.replica.start_decoding(placement.uncached_tokens, placement.prompt_tokens, at)
+
+    def _observe_ttft(self, placement: Placement, uncached_tokens: int) -> None:
+        """Once a stream: how long its first token took, of `uncached_tokens` and its queue.
+
+        At once where all of a prompt had to be computed; else when the replica told what was
+        cached, or ended: a prompt that was computed against belief would look like a slow replica,
+        and many of them like one to which length is nothing.
+        """
+        if placement.ttft_s is not None:
+            work_tokens = placement.work_tokens - placement.uncached_tokens + uncached_tokens
+            placement.replica.speed.observe_ttft(work_tokens, placement.ttft_s)
+            placement.ttft_s = None
+
+    def _end(self, placement: Placement) -> None:
+        """What a request computed may be had by the next one from now on; see fleet/kept.py."""
+        replica, index = placement.replica, self.index
+        holder = replica.ended_holder
+        if holder is None or placement.first_byte_at is None or placement.holder != replica.holder:
+            return
+        self._stamp += 1
+        index.add(holder, placement.chain, self._stamp)
+        index.trim(holder)
 
     def _settle(self, placement: Placement) -> None:
         self._pending[placement.replica.name].pop(placement.stamp, None)
@@ -462,13 +542,17 @@ class Placer:
 
         `density`: bytes a token of this prompt as a whole.
         """
-        if placement.holder != placement.replica.holder:
+        replica = placement.replica
+        if placement.holder != replica.holder:
             return
         densest = _DENSITY_SLACK * max(density, self.fleet.bytes_per_token(placement.model))
         cached_bytes = int(cached_tokens * densest) + _TOLERANCE_BYTES
-        if chain_bytes(placement.matched_blocks) <= cached_bytes:
-            return
         # Not the first that is missing, but the first that surely is: as old or older.
-        missing = placement.matched_stamps[num_whole_blocks(cached_bytes)]
+        first, ended = num_whole_blocks(cached_bytes), placement.ended_stamps
+        if ended is not None and first < len(ended) and replica.ended_holder is not None:
+            self.index.forget_older(replica.ended_holder, ended[first])
+        if first >= placement.matched_blocks or replica.kept.is_by_slot:
+            return  # all is there; or a running request has it, and keeps it to itself
+        missing = placement.matched_stamps[first]
         if missing < placement.oldest_pending:
             self.index.forget_older(placement.holder, missing)

@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable
 
 import msgspec
+from msgspec import structs
 
 from roost_router.fleet.fleet import Fleet
 from roost_router.fleet.replica import Replica
 from roost_router.http.page import PageError, get_page
 from roost_router.http.upstream import UpstreamPool
+from roost_wire.llama_cpp import LLAMA_CPP, PROPS_PATH, num_slots
 from roost_wire.load_report import LoadReport, parse_load_report
 
 #: Seconds that a start waits for slow replicas while another is up.
@@ -96,7 +98,8 @@ class Poller:
             if page.status != 200:
                 raise PageError(f"/v1/models answered {page.status}")
             models = _models_decoder.decode(page.body)
-            report = await self._report(pool)
+            dialect = models.data[0].owned_by if models.data else ""
+            report = await self._report(pool, dialect)
         except ConnectionRefusedError:
             self._fleet.refused(replica)
         except (OSError, ValueError, RecursionError) as error:
@@ -105,13 +108,22 @@ class Poller:
             _log.debug("poll of %s failed: %r", replica.name, error)
             self._fleet.poll_failed(replica)
         else:
-            dialect = models.data[0].owned_by if models.data else ""
             replica.adapters = frozenset(model.id for model in models.data if model.parent)
             self._fleet.answered(replica, (model.id for model in models.data), report, dialect)
 
-    async def _report(self, pool: UpstreamPool) -> LoadReport:
-        """The replica's own figures; an empty report where there is no usable page."""
-        page = await get_page(pool, b"/metrics", self._authorization(), self._timeout_s)
-        if page.status != 200:
-            return LoadReport()
-        return parse_load_report(page.body.decode("utf-8", "replace"))
+    async def _report(self, pool: UpstreamPool, dialect: str) -> LoadReport | None:
+        """The replica's own figures; an empty report where there is no usable page.
+
+        None where it does not come in time: llama.cpp writes this page between two steps only, and
+        a step of long prompts takes seconds.
+        """
+        try:
+            page = await get_page(pool, b"/metrics", self._authorization(), self._timeout_s)
+        except TimeoutError:
+            return None
+        text = page.body.decode("utf-8", "replace") if page.status == 200 else ""
+        report = parse_load_report(text)
+        if dialect == LLAMA_CPP:
+            props = await get_page(pool, PROPS_PATH, self._authorization(), self._timeout_s)
+            report = structs.replace(report, max_running=num_slots(props.body))
+        return report

@@ -17,16 +17,27 @@ _SAMPLE = re.compile(
     r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>[-+.\w]+)", re.MULTILINE
 )
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_WANTED = frozenset(
-    {
-        names.NUM_REQUESTS_RUNNING,
-        names.NUM_REQUESTS_WAITING,
-        names.KV_CACHE_USAGE,
-        names.CACHE_CONFIG_INFO,
-        "process_start_time_seconds",
-    }
-)
-_PREFIXES = tuple(sorted(_WANTED))
+#: What a sample is, by its name. Sources: vLLM's as in vllm_metrics.py; SGLang's
+#: srt/observability/metrics_collector.py; TensorRT-LLM's metrics/collector.py; llama.cpp's
+#: tools/server/README.md. SGLang and llama.cpp show theirs when started with an option.
+_FIELDS = {
+    names.NUM_REQUESTS_RUNNING: "num_running",
+    "sglang:num_running_reqs": "num_running",
+    "trtllm_num_requests_running": "num_running",
+    "llamacpp:requests_processing": "num_running",
+    names.NUM_REQUESTS_WAITING: "num_waiting",
+    "sglang:num_queue_reqs": "num_waiting",
+    "trtllm_num_requests_waiting": "num_waiting",
+    "llamacpp:requests_deferred": "num_waiting",
+    names.KV_CACHE_USAGE: "kv_usage",
+    "sglang:token_usage": "kv_usage",
+    "trtllm_kv_cache_utilization": "kv_usage",
+    "sglang:max_total_num_tokens": "capacity",
+    "trtllm_kv_cache_tokens_per_block": "tokens_per_block",
+    "trtllm_kv_cache_max_blocks": "max_blocks",
+    "process_start_time_seconds": "started_at",
+}
+_PREFIXES = (*_FIELDS, names.CACHE_CONFIG_INFO)
 #: Larger capacities are nonsense, and would end up in sizes of data structures.
 _MAX_TOKENS = 1 << 40
 
@@ -37,7 +48,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int | None = None
     num_waiting: int | None = None
     kv_usage: float | None = None  # share of KV blocks in use by requests, 0 to 1
-    kv_capacity_tokens: int | None = None  # block_size * num_gpu_blocks
+    kv_capacity_tokens: int | None = None  # of all its KV blocks
+    max_running: int | None = None  # requests; more than that wait in it
     started_at: float | None = None  # Unix seconds; another value means another process
 
 
@@ -48,28 +60,29 @@ def parse_load_report(page: str) -> LoadReport:
     averaged over them.
     """
     totals: dict[str, float] = {}
-    num_usages = 0
-    capacity: int | None = None
+    num_usages = num_block_sizes = 0
     for line in page.splitlines():
         if not line.startswith(_PREFIXES):
             continue
         match = _SAMPLE.match(line)
-        if match is None or match["name"] not in _WANTED:
+        if match is None:
             continue
+        field, value = _FIELDS.get(match["name"]), _number(match["value"])
         if match["name"] == names.CACHE_CONFIG_INFO:
-            tokens = _capacity(match["labels"] or "")
-            capacity = tokens if capacity is None else capacity + (tokens or 0)
-            continue
-        value = _number(match["value"])
-        if value is not None:
-            totals[match["name"]] = totals.get(match["name"], 0.0) + value
-            num_usages += match["name"] == names.KV_CACHE_USAGE
+            field, value = "capacity", _capacity(match["labels"] or "")
+        if field is not None and value is not None:
+            totals[field] = totals.get(field, 0.0) + value
+            num_usages += field == "kv_usage"
+            num_block_sizes += field == "tokens_per_block"
+    if num_block_sizes and "max_blocks" in totals:
+        block_tokens = totals["tokens_per_block"] / num_block_sizes  # the same of every rank
+        totals.setdefault("capacity", block_tokens * totals["max_blocks"])
     return LoadReport(
-        num_running=_count(totals.get(names.NUM_REQUESTS_RUNNING)),
-        num_waiting=_count(totals.get(names.NUM_REQUESTS_WAITING)),
-        kv_usage=totals[names.KV_CACHE_USAGE] / num_usages if num_usages else None,
-        kv_capacity_tokens=capacity,
-        started_at=totals.get("process_start_time_seconds"),
+        num_running=_count(totals.get("num_running")),
+        num_waiting=_count(totals.get("num_waiting")),
+        kv_usage=totals["kv_usage"] / num_usages if num_usages else None,
+        kv_capacity_tokens=_count(totals.get("capacity")) or None,
+        started_at=totals.get("started_at"),
     )
 
 

@@ -9,8 +9,10 @@ from random import Random
 import pytest
 
 from roost_router.fleet.kv_release import KvRelease
+from roost_router.fleet.replica import Replica
 from roost_router.policy.cost import CostPolicy, cost_s, interference, prefill_s, price, start_s
 from roost_router.policy.interface import Candidate
+from roost_wire.load_report import LoadReport
 
 
 def candidate(**changes) -> Candidate:
@@ -138,3 +140,22 @@ def test_queues_of_others_that_nobody_sees_make_a_second_dearer():
     assert price([busy, idle]) == pytest.approx(5.0)
     assert price([shared, theirs]) == pytest.approx(10.0 * (1 - 0.5**4))
     assert price([idle, theirs]) == 0.0  # no queue of ours: nothing to go by
+
+
+def test_the_start_waits_for_a_slot():
+    assert start_s(candidate(slot_wait_s=7.0)) == 7.0
+    assert start_s(candidate(slot_wait_s=7.0, queued_tokens=8 * 1024)) == 8.0
+
+
+def test_slots_are_free_one_after_the_other():
+    replica = Replica("r0", "http://h", 0)
+    for _ in range(100):
+        replica.speed.observe_answer(6.0)
+    replica.num_in_flight, replica.num_others = 3, 1
+    assert replica.slot_wait_s() == 0.0  # it does not tell how many it has
+    replica.report = LoadReport(max_running=5)
+    assert replica.slot_wait_s() == 0.0
+    replica.report = LoadReport(max_running=4)
+    assert replica.slot_wait_s() == pytest.approx(6.0 / 4)
+    replica.report = LoadReport(max_running=2)
+    assert replica.slot_wait_s() == pytest.approx(3 * 6.0 / 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from roost_router.fleet.fleet import Fleet
-from roost_router.fleet.health import BASE_S, MAX_FAILURES, MAX_S, Circuit, Health
+from roost_router.fleet.health import BASE_S, MAX_FAILURES, MAX_S, MAX_SLACK, Circuit, Health
 from roost_router.fleet.replica import Replica
 from roost_router.fleet.retry_budget import MIN_PER_S, WINDOW_S, RetryBudget
 from roost_router.fleet.watch import (
@@ -14,6 +14,7 @@ from roost_router.fleet.watch import (
     ITL_FACTOR,
     MIN_ITL_S,
     MIN_TTFT_S,
+    MISS_FACTOR,
     PATIENCE,
     TTFT_FACTOR,
     UNKNOWN_GAP_S,
@@ -177,17 +178,61 @@ def replica() -> Replica:
 
 def test_an_unknown_replica_gets_time_for_a_long_prompt():
     slow = replica()
-    assert ttft_limit_s(slow, 10) == MIN_TTFT_S
-    assert ttft_limit_s(slow, 8000) == TTFT_FACTOR * 8000 / CAUTIOUS_TOKENS_PER_S
+    assert ttft_limit_s(slow, 10, 10) == MIN_TTFT_S
+    assert ttft_limit_s(slow, 8000, 8000) == TTFT_FACTOR * 8000 / CAUTIOUS_TOKENS_PER_S
 
 
 def test_a_fit_is_not_trusted_beyond_what_was_seen():
     fitted = replica()
     for _ in range(50):
         fitted.speed.observe_ttft(100, 0.05)
-    seen = ttft_limit_s(fitted, 100)
+    seen = ttft_limit_s(fitted, 100, 100)
     assert seen == MIN_TTFT_S
-    assert ttft_limit_s(fitted, 8100) > TTFT_FACTOR * 8000 / CAUTIOUS_TOKENS_PER_S
+    assert ttft_limit_s(fitted, 8100, 8100) > TTFT_FACTOR * 8000 / CAUTIOUS_TOKENS_PER_S
+
+
+def test_nobody_is_taken_to_be_faster_than_their_fastest_first_token():
+    """Prompts of 3,000 tokens that took as long as those of 1,000 leave the fit no slope."""
+    fitted = replica()
+    for work in (3000, 1000) * 50:
+        fitted.speed.observe_ttft(work, 3.0)
+    assert fitted.speed.prefill_tokens_per_s > 1000
+    assert ttft_limit_s(fitted, 3000, 3000) == pytest.approx(TTFT_FACTOR * 3.0, rel=0.01)
+
+
+def test_what_is_believed_cached_may_have_to_be_computed():
+    fitted = replica()
+    for _ in range(50):
+        fitted.speed.observe_ttft(1000, 5.0)  # 200 tokens/s
+    assert ttft_limit_s(fitted, 10, 1000) == pytest.approx(MISS_FACTOR * 5.0, rel=0.1)
+    assert ttft_limit_s(fitted, 1000, 1000) == pytest.approx(TTFT_FACTOR * 5.0, rel=0.1)
+    fitted.queued_tokens, fitted.queued_prompt_tokens = 10, 1000
+    limit_s = itl_limit_s(fitted, 0.01, 0.0)
+    assert limit_s == pytest.approx(MIN_ITL_S + MISS_FACTOR * 5.0, rel=0.1)
+
+
+def test_each_stall_doubles_the_slack_and_successes_take_it_back():
+    one, now = replica(), 0.0
+    one.speed.observe_ttft(1000, 5.0)
+    before_s = ttft_limit_s(one, 1000, 1000)
+    for number in range(1, 6):
+        assert one.health.failed(now, stalled=True)
+        assert not one.health.failed(now, stalled=True)  # the same fault, seen by another stream
+        slack = min(MAX_SLACK, 2.0**number)
+        assert ttft_limit_s(one, 1000, 1000) == pytest.approx(slack * before_s)
+        now += 1000.0
+    for _ in range(102):
+        one.health.succeeded()
+    assert 1.0 < one.health.slack < 1.02
+    one.health.succeeded()
+    assert ttft_limit_s(one, 1000, 1000) == before_s
+
+
+def test_other_failures_leave_the_slack_alone():
+    one = replica()
+    for _ in range(5):
+        one.health.failed(0.0)
+    assert one.health.slack == 1.0
 
 
 def test_running_streams_wait_for_prefills_and_for_their_own_pace():

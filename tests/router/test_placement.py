@@ -408,14 +408,15 @@ def test_a_cache_that_does_not_keep_what_it_is_given_is_trusted_less():
     for number in range(1, 200):
         placement = placer.place(ask(PROMPT), float(number))
         placer.learn(placement, 1280, 0)
+        placer.finish(placement, number + 0.5)
         if placement.replica is not replica:
             break
-        assert replica.kept_share < 1.0
+        assert replica.kept.share < 1.0
 
     assert placement.replica is not replica
     chosen = placement.candidates[1 - placement.decision.chosen]
     assert chosen.hoped_tokens == pytest.approx(
-        chosen.matched_tokens * (replica.kept_share - 1.0), abs=chosen.uncached_tokens
+        chosen.matched_tokens * (replica.kept.share - 1.0), abs=chosen.uncached_tokens
     )
 
 
@@ -424,11 +425,120 @@ def test_a_cache_that_keeps_all_is_trusted_whole_and_a_new_process_anew():
     for number in range(5):
         complete(placer, PROMPT, 10.0 * number, cached_tokens=1280 - 16)
     (replica,) = placer.fleet.replicas
-    assert replica.kept_share > 0.99
+    assert replica.kept.share > 0.99
 
-    replica.learn_kept(1000, 0)
+    replica.kept.learn(1000, 0)
     placer.fleet.refused(replica)
-    assert replica.kept_share == 1.0
+    assert replica.kept.share == 1.0
+
+
+def share_while_running(placer: Placer, rounds: int, cached_tokens: int) -> None:
+    """Of a running request's prompt the next one finds so much; once it has ended, all."""
+    for number in range(rounds):
+        now, prompt = 10.0 * number, other_prompt(number)
+        running = []
+        for moment, cached in ((now, 0), (now + 0.6, cached_tokens)):
+            placement = placer.place(ask(prompt), moment)
+            placer.first_byte(placement, moment + 0.5, streamed=True)
+            placer.learn(placement, 1280, cached)
+            running.append(placement)
+        for placement in running:
+            placer.finish(placement, now + 2.0, num_events=11)
+        complete(placer, prompt, now + 3.0, cached_tokens=1264)
+
+
+def test_where_running_requests_do_not_share_their_prompts_one_waits_for_their_end():
+    """llama.cpp: a prompt is cached in the slot that computed it, which is busy meanwhile."""
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    share_while_running(placer, 40, 0)
+
+    assert replica.ended_holder is not None
+    assert replica.kept.is_by_slot
+    assert replica.kept.share > 0.9
+    running = placer.place(ask(PROMPT), 1000.0)
+    placer.first_byte(running, 1000.5, streamed=True)
+    (candidate,) = placer.weigh(ask(PROMPT), 1001.0).candidates
+    assert candidate.matched_tokens == 0
+    placer.finish(running, 1002.0, num_events=11)
+    (candidate,) = placer.weigh(ask(PROMPT), 1003.0).candidates
+    assert candidate.matched_tokens == 1279
+
+
+def test_llama_cpp_is_taken_to_keep_running_prompts_until_it_shows_else():
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    placer.fleet.answered(replica, ["m"], None, "llamacpp")
+    assert replica.kept.is_by_slot
+    share_while_running(placer, 20, 1264)
+    assert not replica.kept.is_by_slot
+
+    placer.fleet.refused(replica)
+    placer.fleet.answered(replica, ["m"], None, "llamacpp")
+    assert replica.kept.is_by_slot
+    placer.fleet.refused(replica)
+    placer.fleet.answered(replica, ["m"], None, "vllm")
+    assert not replica.kept.is_by_slot
+
+
+def test_a_server_that_shares_running_prompts_is_believed_to():
+    """Misses come from a cache that is smaller than it says; those of running requests hit."""
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    replica.kept.learn(20_000, 0)
+    complete(placer, PROMPT, 0.0)
+    complete(placer, PROMPT, 10.0, cached_tokens=0)
+    assert replica.ended_holder is not None
+    share_while_running(placer, 20, 1264)
+    assert not replica.kept.is_by_slot
+
+
+def test_what_ended_is_forgotten_with_the_process_and_bounded_like_all_else():
+    placer = make_placer(1, capacity_tokens=3000)
+    (replica,) = placer.fleet.replicas
+    replica.kept.learn(20_000, 0)
+    complete(placer, PROMPT, 0.0)
+    complete(placer, PROMPT, 10.0, cached_tokens=0)
+    for number in range(9):
+        complete(placer, other_prompt(number), 20.0 + number)
+    holder = replica.ended_holder
+    assert holder is not None
+    assert 0 < placer.index.num_bytes(holder) <= placer.index.capacity_bytes(holder)
+    assert placer.index.capacity_bytes(holder) == placer.index.capacity_bytes(replica.holder)
+
+    placer.fleet.refused(replica)
+    assert replica.ended_holder is None
+    assert replica.kept.share == 1.0
+
+
+def test_a_prompt_that_was_computed_against_belief_does_not_look_like_a_slow_replica():
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    for number in range(20):
+        prompt, now = other_prompt(number), 10.0 * number
+        for moment in (now, now + 2.0):  # the second is believed cached, and is not
+            placement = placer.place(ask(prompt), moment)
+            placer.first_byte(placement, moment + 1.28, streamed=True)  # 1,000 tokens/s
+            placer.learn(placement, 1280, 0)
+            placer.finish(placement, moment + 1.5, num_events=11)
+
+    assert replica.speed.num_observed == 40
+    assert replica.speed.prefill_tokens_per_s == pytest.approx(1000, rel=0.1)
+
+
+def test_a_first_token_is_observed_once_with_or_without_usage():
+    placer = make_placer(1)
+    (replica,) = placer.fleet.replicas
+    complete(placer, PROMPT, 0.0)
+    complete(placer, PROMPT, 10.0, cached_tokens=1264)
+    told = placer.place(ask(PROMPT), 20.0)
+    placer.first_byte(told, 20.1, streamed=True)
+    assert replica.speed.num_observed == 2
+    placer.finish(told, 21.0, num_events=3)  # it never said
+    assert replica.speed.num_observed == 3
+    lost = placer.place(ask(PROMPT), 30.0)
+    placer.finish(lost, 31.0)
+    assert replica.speed.num_observed == 3
 
 
 def test_queues_drain_while_news_is_on_its_way_but_not_for_ever():

@@ -297,4 +297,4 @@ def test_a_share_that_caches_keep_is_not_learnt_from_what_was_told():
     assert placement.was_told
     bench.placer.learn(placement, TOKENS, 0)
 
-    assert replica.kept_share == 1.0
+    assert replica.kept.share == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,46 @@ def test_a_vllm_page_is_read():
         kv_capacity_tokens=32768,
         started_at=1.79e9,
     )
+
+
+SGLANG_PAGE = """\
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 12.0
+sglang:num_running_reqs_offline_batch{model_name="m"} 5.0
+sglang:num_queue_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 4.0
+sglang:token_usage{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 0.5
+sglang:max_total_num_tokens{model_name="m",tp_rank="0"} 400000.0
+"""
+TENSORRT_LLM_PAGE = """\
+trtllm_num_requests_running{engine_type="trtllm",model_name="m"} 3.0
+trtllm_num_requests_waiting{engine_type="trtllm",model_name="m"} 1.0
+trtllm_kv_cache_utilization{engine_type="trtllm",model_name="m"} 0.125
+trtllm_kv_cache_tokens_per_block{engine_type="trtllm",model_name="m"} 32.0
+trtllm_kv_cache_max_blocks{engine_type="trtllm",model_name="m"} 1000.0
+"""
+LLAMA_CPP_PAGE = """\
+llamacpp:prompt_tokens_total 1085
+llamacpp:requests_processing 8
+llamacpp:requests_deferred 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "report"),
+    [
+        (
+            SGLANG_PAGE,
+            LoadReport(num_running=12, num_waiting=4, kv_usage=0.5, kv_capacity_tokens=400_000),
+        ),
+        (
+            TENSORRT_LLM_PAGE,
+            LoadReport(num_running=3, num_waiting=1, kv_usage=0.125, kv_capacity_tokens=32_000),
+        ),
+        (LLAMA_CPP_PAGE, LoadReport(num_running=8, num_waiting=2)),
+    ],
+)
+def test_pages_of_other_engines_are_read(page, report):
+    assert parse_load_report(page) == report
 
 
 def test_data_parallel_ranks_are_added_up():

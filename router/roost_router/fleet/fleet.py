@@ -20,10 +20,12 @@ from statistics import median
 
 from roost_router.errors import ModelNotFoundError, NoReplicaError
 from roost_router.fleet.health import Circuit, Health
+from roost_router.fleet.kept import MIN_UNDOUBTED, Kept
 from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
 from roost_router.fleet.retry_budget import RetryBudget
 from roost_router.fleet.speed import Prefill
 from roost_router.index.prefix_index import PrefixIndex
+from roost_wire.llama_cpp import LLAMA_CPP
 from roost_wire.load_report import LoadReport
 
 #: KV capacity assumed of a replica that does not report one.
@@ -161,21 +163,34 @@ class Fleet:
         return budget
 
     def answered(
-        self, replica: Replica, models: Iterable[str], report: LoadReport, dialect: str = ""
+        self,
+        replica: Replica,
+        models: Iterable[str],
+        report: LoadReport | None,
+        dialect: str = "",
     ) -> None:
         """A poll succeeded: `replica` is up, serves `models` and reports `report`.
 
-        `dialect`: which server it is, by its own words.
+        `report`: None where it did not come in time; the last one stays. `dialect`: which server it
+        is, by its own words.
         """
+        if report is not None:
+            self._reported(replica, report)
+        self._calm.clear()
+        if replica.dialect != dialect:
+            replica.dialect = dialect
+            self._believe_anew(replica)
+        replica.state = ReplicaState.UP
+        replica.num_failed_polls = 0
+        replica.models = tuple(models)
+        self._resize(replica)
+        self._share_fit(replica)
+
+    def _reported(self, replica: Replica, report: LoadReport) -> None:
         known = replica.started_at is not None and report.started_at is not None
         if known and replica.started_at != report.started_at:
             self._new_epoch(replica)
             replica.health = Health()  # another process: what the last one did is past
-        self._calm.clear()
-        replica.dialect = dialect
-        replica.state = ReplicaState.UP
-        replica.num_failed_polls = 0
-        replica.models = tuple(models)
         replica.report = report
         num_reported = (report.num_running or 0) + (report.num_waiting or 0)
         replica.num_others = max(0, num_reported - replica.num_in_flight)
@@ -185,8 +200,6 @@ class Fleet:
             replica.started_at = report.started_at
         if report.kv_capacity_tokens is not None:
             replica.kv_capacity_tokens = report.kv_capacity_tokens
-        self._resize(replica)
-        self._share_fit(replica)
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
@@ -199,6 +212,16 @@ class Fleet:
     def failed(self, replica: Replica, now: float, *, stalled: bool = False) -> None:
         """A request was lost on `replica`, or made no progress there."""
         replica.health.failed(now, stalled=stalled)
+
+    def learn_kept(self, replica: Replica, believed_tokens: int, cached_tokens: int) -> None:
+        """Of `believed_tokens` (positive) of a prompt, `replica` had so many; see kept.py."""
+        replica.kept.learn(believed_tokens, cached_tokens)
+        if replica.kept.share < MIN_UNDOUBTED:
+            self._tell_ended_apart(replica)
+
+    def _tell_ended_apart(self, replica: Replica) -> None:
+        if replica.ended_holder is None:
+            replica.ended_holder = self._index.open_holder(self._capacity_bytes(replica))
 
     def poll_failed(self, replica: Replica) -> None:
         """A poll timed out or answered nonsense; it counts only when it repeats."""
@@ -239,13 +262,24 @@ class Fleet:
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
         replica.holder = self._index.open_holder(self._capacity_bytes(replica))
-        replica.kept_share = 1.0
+        if replica.ended_holder is not None:
+            self._index.retire(replica.ended_holder)
+            replica.ended_holder = None
+        self._believe_anew(replica)
+
+    def _believe_anew(self, replica: Replica) -> None:
+        by_slot = replica.dialect == LLAMA_CPP
+        replica.kept = Kept(by_slot=by_slot)
+        if by_slot:
+            self._tell_ended_apart(replica)
 
     def _resize(self, replica: Replica) -> None:
         capacity = self._capacity_bytes(replica)
         before = self._index.capacity_bytes(replica.holder)
         if abs(capacity - before) > _RESIZE_SHARE * before:
             self._index.set_capacity(replica.holder, capacity)
+            if replica.ended_holder is not None:
+                self._index.set_capacity(replica.ended_holder, capacity)
 
     def _capacity_bytes(self, replica: Replica) -> int:
         """Bytes of prompts that the replica's KV cache holds, by its first model's density."""

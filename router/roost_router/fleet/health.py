@@ -11,6 +11,10 @@ A failure is a lost connection, a 500, 502 or 504, an error event. A stall (conn
 progress, see watch.py) ejects at once: every request placed there would wait as long. 429 and
 503 are no failures: such a replica works, and says so.
 
+Silence is told from a stall by prediction, and predictions may be wrong, above all where a replica
+is asked for too much. `slack` is how many times as long as predicted its prefill may take: after
+each stall twice as long, up to MAX_SLACK, and with each success a little less.
+
 Source: Envoy's outlier detection and circuit breakers, with shorter times: a replica that is
 back serves a warm cache. How many may be out at once is the fleet's to say (fleet.py).
 """
@@ -23,6 +27,8 @@ from typing import Final
 MAX_FAILURES: Final = 3
 BASE_S: Final = 1.0
 MAX_S: Final = 60.0
+MAX_SLACK: Final = 8.0
+SLACK_KEPT: Final = 0.98  # by a success: 35 of them take a doubling back
 
 
 class Circuit(Enum):
@@ -41,6 +47,7 @@ class Health:
         self._num_failures = 0  # in a row
         self.ejected_until: float | None = None  # closed if None
         self.ejection_reason = ""  # of the last ejection, for people
+        self.slack = 1.0
         self._probing_since: float | None = None
 
     def circuit(self, now: float) -> Circuit:
@@ -64,6 +71,8 @@ class Health:
 
     def succeeded(self) -> None:
         """A request was answered."""
+        if self.slack > 1.0:
+            self.slack = max(1.0, SLACK_KEPT * self.slack)
         if self._num_failures or self.ejected_until is not None:
             self._num_failures = self.num_ejections = 0
             self.ejected_until = self._probing_since = None
@@ -82,6 +91,7 @@ class Health:
             return False
         self.ejected_until = now + min(MAX_S, BASE_S * 2.0**self.num_ejections)
         if stalled:
+            self.slack = min(MAX_SLACK, 2.0 * self.slack)
             self.ejection_reason = "a stream stalled"
         elif was_probing:
             self.ejection_reason = "its probe failed"

@@ -18,6 +18,7 @@ from enum import Enum
 from math import exp, inf
 
 from roost_router.fleet.health import Health
+from roost_router.fleet.kept import Kept
 from roost_router.fleet.kv_release import KvRelease
 from roost_router.fleet.speed import Speed
 from roost_router.index.unseen import salt
@@ -26,8 +27,6 @@ from roost_wire.load_report import LoadReport
 RECENT_S = 60.0
 #: News that is late by less is as good as fresh.
 MIN_LAG_S = 0.01
-#: Believed tokens after which an observation of how many were there weighs a third.
-_KEPT_MEMORY_TOKENS = 50_000.0
 #: The least time of a dial is forgotten by so much with each: a replica may move away.
 _DIAL_GROWTH = 1.05
 _MIN_DIAL_S = 1e-4
@@ -59,12 +58,15 @@ class Replica:
         self.report = LoadReport()  # its own figures, as of the last poll
         self.num_failed_polls = 0
         self.speed = Speed()
-        self.kept_share = 1.0  # of the tokens believed cached here, those that were
+        self.kept = Kept()
+        #: Of this epoch in the index, too: prompts of requests that ended; see kept.py.
+        self.ended_holder: int | None = None
         self.health = Health()
         self.kv_release = KvRelease()
         self.last_event_at = 0.0  # when any stream of it last showed a token
         self.dialect = ""  # which server it is, as `owned_by` in its /v1/models says
         self.queued_tokens = 0
+        self.queued_prompt_tokens = 0  # of the same requests, what is believed cached included
         self.num_in_flight = 0
         self.num_decoding = 0
         self.num_others = 0  # requests of others there, as of its last report
@@ -90,20 +92,21 @@ class Replica:
         """Prefill work placed here, faded to `now` (seconds)."""
         return self._recent_tokens * exp(-max(0.0, now - self._recent_at) / RECENT_S)
 
+    def slot_wait_s(self) -> float:
+        """Seconds until one more request can run; 0 where there is room, or it is not told.
+
+        Answers are taken to end one after the other, each as long as they are lately.
+        """
+        slots = self.report.max_running
+        if slots is None:
+            return 0.0
+        num_before = self.num_in_flight + self.num_others - slots
+        return (num_before + 1) * self.speed.answer_s / slots if num_before >= 0 else 0.0
+
     def undrained_tokens(self, tokens_per_s: float, now: float) -> float:
         """Of queued_tokens, what is left if they were computed at that speed since the news."""
         elapsed_s = max(0.0, now - self._draining_at)
         return max(0.0, self._draining_tokens - tokens_per_s * elapsed_s)
-
-    def learn_kept(self, believed_tokens: int, cached_tokens: int) -> None:
-        """Of `believed_tokens` (positive) of a prompt believed cached here, so many were.
-
-        Where what is missing follows from least recent use, the index is corrected. Some servers
-        keep prompts by other rules, or only in the slot that computed them (llama.cpp).
-        """
-        kept = min(1.0, cached_tokens / believed_tokens)
-        weight = min(1.0, believed_tokens / _KEPT_MEMORY_TOKENS)
-        self.kept_share += weight * (kept - self.kept_share)
 
     def dialled(self, took_s: float) -> None:
         """A connection was made: there and back, so news is late by as much as dials at best take.
@@ -114,27 +117,32 @@ class Replica:
         self._dial_s = max(least_s, _MIN_DIAL_S)
         self.news_lag_s = least_s if least_s >= MIN_LAG_S else 0.0
 
-    def reserve(self, uncached_tokens: int, tokens_per_s: float, now: float) -> None:
+    def reserve(
+        self, uncached_tokens: int, prompt_tokens: int, tokens_per_s: float, now: float
+    ) -> None:
         """Count a request that was just placed here."""
         self._draining_tokens = self.undrained_tokens(tokens_per_s, now) + uncached_tokens
         self._draining_at = now
         self._recent_tokens = self.recent_uncached_tokens(now) + uncached_tokens
         self._recent_at = now
         self.queued_tokens += uncached_tokens
+        self.queued_prompt_tokens += prompt_tokens
         self.num_in_flight += 1
 
-    def start_decoding(self, uncached_tokens: int, at: float) -> None:
+    def start_decoding(self, uncached_tokens: int, prompt_tokens: int, at: float) -> None:
         """The first byte came: the prefill is done, a stream is running. `at`: when it came."""
         self.queued_tokens -= uncached_tokens
+        self.queued_prompt_tokens -= prompt_tokens
         self._draining_tokens = float(self.queued_tokens)
         self._draining_at = at
         self.num_decoding += 1
 
-    def release(self, uncached_tokens: int, *, decoding: bool) -> None:
+    def release(self, uncached_tokens: int, prompt_tokens: int, *, decoding: bool) -> None:
         """The request left, either while decoding or still queued."""
         if decoding:
             self.num_decoding -= 1
         else:
             self.queued_tokens -= uncached_tokens
+            self.queued_prompt_tokens -= prompt_tokens
             self._draining_tokens = max(0.0, self._draining_tokens - uncached_tokens)
         self.num_in_flight -= 1

@@ -9,7 +9,9 @@ fitted by least squares with exponential forgetting (each observation weighs _KE
 next), so that it follows a replica whose speed changes. Two weak priors keep it sound when there
 is little to see: an idle point (0 tokens, the usual overhead), so that one cold prompt tells a
 speed; and a pull of the slope towards a usual speed, so that many requests of one size, all
-warm for instance, tell nothing about it.
+warm for instance, tell nothing about it. And whatever the points look like, no replica is taken to
+be more than _MAX_LEAP times as fast as its fastest first token showed: what was believed cached and
+had to be computed, and steps that running streams made long, may leave no slope at all.
 
 Replicas that are alike (fleet.py says which) share one fit. Where a router does not see all that
 is queued (other routers place there, too), or running streams slow a prefill down, a replica's own
@@ -38,6 +40,9 @@ _PRIOR_SPREAD = 100.0**2  # tokens squared: what the pull weighs against the spr
 _PRIOR_DECODE_S = 0.005
 _PRIOR_WAIT_S = 0.1  # waits as predicted, before any was seen
 _MIN_S_PER_TOKEN = 1e-6  # a million tokens/s: beyond any hardware, keeps the slope positive
+_MAX_LEAP = 2.0
+_TELLING_TOKENS = 256  # what shorter prompts take is mostly overhead
+_KEEP_SHOWN = 0.999  # of the fastest first token, by each later one
 
 _Sums = tuple[float, ...]
 
@@ -50,6 +55,9 @@ class Prefill:
         self.num_observed = 0
         self._prior = _sums(_PRIOR_WEIGHT, 0.0, _PRIOR_OVERHEAD_S)
         self._data: _Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        #: Work a second before the fastest first token lately, all else that took time included;
+        #: 0 before a prompt that was long enough to tell.
+        self.shown_tokens_per_s = 0.0
         #: Slope of the fit, inverted; always positive and finite.
         self.tokens_per_s = self._slope_inverted()
         #: Seconds until first tokens came / as predicted, where it is below 1.
@@ -62,7 +70,12 @@ class Prefill:
         decayed = tuple(keep * part for part in self._data)
         self._data = _added(decayed, _sums(1.0, work_tokens, ttft_s))
         self.num_observed += 1
+        if work_tokens >= _TELLING_TOKENS:
+            shown = work_tokens / max(ttft_s, _MIN_S_PER_TOKEN)
+            self.shown_tokens_per_s = max(_KEEP_SHOWN * self.shown_tokens_per_s, shown)
         self.tokens_per_s = self._slope_inverted()
+        if self.shown_tokens_per_s:
+            self.tokens_per_s = min(self.tokens_per_s, _MAX_LEAP * self.shown_tokens_per_s)
 
     def observe_wait(self, predicted_s: float, ttft_s: float) -> None:
         """A first token was predicted after `predicted_s`, and came after `ttft_s`."""
@@ -92,6 +105,7 @@ class Speed:
         self.prefill.num_replicas = 1
         self.most_tokens = 0.0  # most work that a first token was observed to follow
         self.decode_s = _PRIOR_DECODE_S
+        self.answer_s = 0.0  # from the first token to the end, lately
         #: Between events of a stream, whatever else is running; None before the first observation.
         self.usual_gap_s: float | None = None
 
@@ -125,6 +139,10 @@ class Speed:
     def observe_wait(self, predicted_s: float, ttft_s: float) -> None:
         """A first token was predicted after `predicted_s`, and came after `ttft_s`."""
         self.prefill.observe_wait(predicted_s, ttft_s)
+
+    def observe_answer(self, answer_s: float) -> None:
+        """A stream took `answer_s` from its first token to its end."""
+        self.answer_s += 0.2 * (answer_s - self.answer_s)
 
     def observe_itl(self, itl_s: float, num_streams: int) -> None:
         """A stream saw `itl_s` seconds between tokens while `num_streams` (>= 1) were running."""

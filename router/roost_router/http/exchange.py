@@ -236,7 +236,7 @@ class Exchange:
             usual_s = usual_gap_s(replica, self._service.placer.fleet.replicas)
             limit_s = itl_limit_s(replica, usual_s, self._widest_gap_s)
         else:
-            limit_s = ttft_limit_s(replica, placement.work_tokens)
+            limit_s = ttft_limit_s(replica, placement.work_tokens, placement.most_tokens)
         return is_stalled(replica, self._last_at, limit_s, now)
 
     # the replica's side (upstream.Listener)

@@ -4,7 +4,8 @@
     f_i     = 1 + decoding_i * decode_s_i * prefill_i / CHUNK_TOKENS
     w_i     = f_i * queued_i / prefill_i                             the queue before it
     m_i     = max(0, queued_i + uncached_i - free_i) / release_i     until its KV blocks are free
-    start_i = max(w_i, m_i)
+    s_i     = (over_i + 1) * answer_i / slots_i, where all its slots are taken
+    start_i = max(w_i, m_i, s_i)
     cost_i  = start_i + p_i * (f_i + mu + DECODE_WEIGHT * decoding_i)
               + DECODE_STEPS * decoding_i * decode_s_i
     mu      = MAX_PRICE * (1 - (1 - share of the candidates with a queue of ours) ** (all / ours))
@@ -29,6 +30,9 @@ by late_binding.py.
 free_i is capacity less what i reported in use. Tokens queued and already counted in that report are
 counted twice: too careful rather than too bold. m_i is 0 where i tells no capacity, where nothing
 of ours runs on i (its report is late), and for a prompt that i could never hold (its to refuse).
+
+s_i is for servers that run only so many requests at once and tell how many (llama.cpp): over_i wait
+there already, and an answer takes answer_i seconds lately.
 
 The smallest cost wins. Costs within TIE_S of the best are a tie: no user feels a millisecond, but
 always taking the first would starve the rest. Among ties the replica with the least prefill work
@@ -110,8 +114,8 @@ def queue_s(candidate: Candidate) -> float:
 
 
 def start_s(candidate: Candidate) -> float:
-    """Seconds until the replica starts this request: its queue, and room in its KV cache."""
-    waits_s = queue_s(candidate)
+    """Seconds until the replica starts this request: its queue, a slot, room in its KV cache."""
+    waits_s = max(queue_s(candidate), candidate.slot_wait_s)
     capacity = candidate.kv_capacity_tokens
     release = candidate.kv_release_tokens_per_s
     if not candidate.num_in_flight or not release or candidate.prompt_tokens > capacity:

@@ -38,6 +38,7 @@ class Candidate:
         wait_scale: float = 1.0,
         is_told: bool = False,
         num_others: int = 0,
+        slot_wait_s: float = 0.0,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
@@ -57,12 +58,13 @@ class Candidate:
         #: How fast requests that end free KV; positive where the capacity is known.
         self.kv_release_tokens_per_s: Final = kv_release_tokens_per_s
         #: Expected in its cache beyond matched_tokens (index/unseen.py), less what of those is
-        #: expected to be gone (Replica.kept_share): negative where more is.
+        #: expected to be gone (Replica.kept): negative where more is.
         self.hoped_tokens: Final = hoped_tokens
         self.is_speed_known: Final = is_speed_known  # fitted to first tokens, not just assumed
         #: By how much shorter than predicted waits there have turned out to be; at most 1.
         self.wait_scale: Final = wait_scale
         self.num_others: Final = num_others  # requests of others there, as last reported
+        self.slot_wait_s: Final = slot_wait_s  # until it can run one more, 0 where it can
         self.is_told: Final = is_told  # most of matched_tokens, by its KV events
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
         #: Of the prompt's first block, or of all of a shorter prompt: 64 bits, for all the same.
