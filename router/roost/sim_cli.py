@@ -64,6 +64,27 @@ _POSITIVE = click.FloatRange(0.0, min_open=True)
     help="Seconds between looks at a replica.",
 )
 @click.option(
+    "--knows",
+    type=click.Choice(["placements", "events"]),
+    default="placements",
+    help="What routers go by: their own placements and cached tokens, or KV events as well.",
+)
+@click.option(
+    "--events-after",
+    "events_after_s",
+    type=click.FloatRange(0.0),
+    default=0.05,
+    help="Seconds until a KV event is known; --stale, if that is longer.",
+)
+@click.option(
+    "--tokens-after",
+    "tokens_after_s",
+    type=click.FloatRange(0.0),
+    default=0.02,
+    help="Seconds until the tokens of a prompt are known, which KV events tell of; 0: before it is "
+    "decided.",
+)
+@click.option(
     "--kv-tokens", type=click.IntRange(1), default=500_000, help="KV cache a replica, in tokens."
 )
 @click.option(
@@ -108,6 +129,7 @@ def sim(
     from roost_loadtest.fleet_sim.picture import picture
     from roost_loadtest.fleet_sim.summary import Row, table
     from roost_loadtest.fleet_sim.sweep import sweep
+    from roost_loadtest.fleet_sim.told import NoEventsError
     from roost_loadtest.fleet_sim.trace import TraceError, read_trace
 
     policies = _policies(options.pop("policies"))
@@ -124,7 +146,7 @@ def sim(
                 if as_json:
                     click.echo(msgspec.json.encode(row))
                 rows.append(row)
-    except (TraceError, TooLargeError) as error:
+    except (TraceError, TooLargeError, NoEventsError) as error:
         raise click.ClickException(str(error)) from None
     if not as_json:
         click.echo(table(rows))
@@ -150,6 +172,7 @@ def _config(options: dict[str, Any]) -> FleetConfig:
     from roost_loadtest.fleet_sim.model import StepTimes
     from roost_loadtest.fleet_sim.summary import Slo
     from roost_loadtest.fleet_sim.sweep import FleetConfig
+    from roost_loadtest.fleet_sim.told import EventDelays
 
     times = StepTimes(
         token_s=options.pop("token_us") / 1e6,
@@ -159,7 +182,12 @@ def _config(options: dict[str, Any]) -> FleetConfig:
         chunk_tokens=options.pop("chunk_tokens"),
     )
     slo = Slo(options.pop("ttft_s"), options.pop("itl_s"))
-    return FleetConfig(times=times, slo=slo, **options)
+    delays: EventDelays | None = EventDelays(
+        events_after_s=options.pop("events_after_s"), tokens_after_s=options.pop("tokens_after_s")
+    )
+    if options.pop("knows") == "placements":
+        delays = None
+    return FleetConfig(times=times, slo=slo, delays=delays, **options)
 
 
 def _progress(trace: Trace) -> Callable[[str, float, int], None]:

@@ -2,13 +2,13 @@
 
     trace.py ──► events.py ──► routers.py     who decides: the real Placer, or the bound
     load.py          │
-                     └───────► replica.py ──► cache.py, model.py
+       told.py ──────┴───────► replica.py ──► cache.py, model.py
     sweep.py: every policy at every load      summary.py: figures and tables
 
 What is real. `roost_router.placement.Placer` with its prefix index, fleet, fitted speeds and
 policy: the very objects of the data path, called at the same moments with a clock of our own.
-They see what a router sees (their own placements, first tokens, cached tokens, ends), never the
-simulated replicas.
+They see what a router sees (their own placements, first tokens, cached tokens, ends, and KV events
+if asked for), never the simulated replicas.
 
 What is modelled. Replicas (model.py for a step's time, replica.py for what a step holds, cache.py
 for the memory): continuous batching with chunked prefill, first come first served, mixed steps,
@@ -27,7 +27,7 @@ What that leaves out:
 - Requests are never aborted, and nobody retries.
 - A router knows its own placements at once. `hears_after_s` delays what replicas tell, with the
   true times, as a report that was long under way.
-- Replicas send no KV events: routers count by themselves and learn from answers (rung 1). Load
+- Without KV events (told.py) routers count by themselves and learn from answers (rung 1). Load
   reports are polled, `poll_interval_s` apart.
 
 Reading results. `hits` is the share of prompt tokens that replicas found cached. `load` is defined

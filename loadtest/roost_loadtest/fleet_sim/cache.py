@@ -21,14 +21,18 @@ Left out: preemption, since a request gets the memory of its whole answer when i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class BlockCache:
     """Blocks of one replica, or of a whole fleet for the bound."""
 
-    def __init__(self, capacity_blocks: int) -> None:
+    def __init__(
+        self, capacity_blocks: int, on_evict: Callable[[Sequence[int]], None] | None = None
+    ) -> None:
+        """`on_evict` hears which blocks were evicted, in order."""
         self.capacity_blocks = capacity_blocks
+        self._on_evict = on_evict
         self._used: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._private = 0
@@ -69,8 +73,11 @@ class BlockCache:
             else:
                 used[block] = holders + 1
         self._private += num_private
-        for _ in range(len(idle) + self.used_blocks - self.capacity_blocks):
-            idle.popitem(last=False)
+        num_over = len(idle) + self.used_blocks - self.capacity_blocks
+        if num_over > 0:
+            evicted = [idle.popitem(last=False)[0] for _ in range(num_over)]
+            if self._on_evict is not None:
+                self._on_evict(evicted)
         return matched
 
     def free(self, block_ids: Sequence[int], num_private: int) -> None:

@@ -1,10 +1,11 @@
 """The event loop of a simulated fleet: arrivals, replicas, and what routers hear of them.
 
-A heap of moments. Five kinds of events: a request arrives, routers look at what they hold, a
+A heap of moments. Six kinds of events: a request arrives, routers look at what they hold, a
 replica ends a stretch of steps, a router hears of an answer (at once, or `hears_after_s` later; it
-is told when it happened, and what it placed itself it knows at once), and routers poll the
-replicas. Events of one moment happen in the order in which they were planned, so that a run is a
-function of its arguments.
+is told when it happened, and what it placed itself it knows at once), routers poll the replicas,
+and where KV events are followed, they and the tokens of prompts become known (told.py). Events of
+one moment happen in the order in which they were planned, so that a run is a function of its
+arguments.
 
 Invariants, checked at the end: every request ended, and no replica has one left.
 """
@@ -22,6 +23,7 @@ from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.routers import Router
+    from roost_loadtest.fleet_sim.told import EventDelays
     from roost_loadtest.fleet_sim.trace import Request, Trace
 
 #: Requests between two calls of `on_progress`.
@@ -40,11 +42,13 @@ class FleetRun:
         time_scale: float = 1.0,
         hears_after_s: float = 0.0,
         poll_interval_s: float = 1.0,
+        delays: EventDelays | None = None,
         shares_cache: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """`time_scale` multiplies arrival times; `shares_cache`: memory that one replica frees
-        may let another go on.
+        may let another go on. `delays` of KV events, if there are any; none of them comes earlier
+        than other news.
         """
         self.jobs: list[Job] = []  # in order of arrival
         self._trace = trace
@@ -52,6 +56,7 @@ class FleetRun:
         self._router = router
         self._hears_after_s = hears_after_s
         self._poll_interval_s = poll_interval_s
+        self._delays = delays
         self._shares_cache = shares_cache
         self._on_progress = on_progress
         self._num_ended = 0
@@ -102,6 +107,8 @@ class FleetRun:
         job = Job(len(self.jobs), request, self._trace.num_private(request), now)
         self.jobs.append(job)
         replica = self._router.offer(job, now)
+        if self._delays is not None and self._delays.tokens_after_s:
+            self._at(now + self._delays.tokens_after_s, lambda _: self._router.tokenised(job))
         if replica is not None:
             self._submit(job, replica, now)
         elif self._next_look is None:
@@ -126,10 +133,13 @@ class FleetRun:
     def _submit(self, job: Job, replica: int, now: float) -> None:
         job.replica = replica
         self._replicas[replica].submit(job, now)
-        self._plan(replica)
+        self._plan(replica, now)
 
-    def _plan(self, number: int) -> None:
-        """Note when the replica is due, if that has changed."""
+    def _plan(self, number: int, now: float) -> None:
+        """Note when the replica is due, if that has changed; pass on what it tells."""
+        if self._delays is not None and (told := self._replicas[number].take_news()):
+            later_s = max(self._delays.events_after_s, self._hears_after_s)
+            self._at(now + later_s, lambda _: self._router.told(number, told))
         due = self._replicas[number].ends_s
         if due is not None and due != self._planned[number]:
             self._planned[number] = due
@@ -146,7 +156,7 @@ class FleetRun:
                 has_freed = True
                 self._ended(job, now)
             self._tell(what, job, now)
-        self._plan(number)
+        self._plan(number, now)
         if has_freed and self._shares_cache:
             self._look_all(now)
 
@@ -154,7 +164,7 @@ class FleetRun:
         for number, replica in enumerate(self._replicas):
             if replica.waiting:
                 replica.look(now)
-                self._plan(number)
+                self._plan(number, now)
 
     def _ended(self, job: Job, now: float) -> None:
         self._num_ended += 1

@@ -31,7 +31,9 @@ from roost_wire.load_report import LoadReport
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.cache import BlockCache
     from roost_loadtest.fleet_sim.model import StepTimes
+    from roost_loadtest.fleet_sim.told import BlockNews
     from roost_loadtest.fleet_sim.trace import Request
+    from roost_wire.kv_events import KvEvent
 
 
 class Job:
@@ -76,7 +78,14 @@ class Happened(Enum):
 class SimReplica:
     """One replica."""
 
-    def __init__(self, times: StepTimes, cache: BlockCache, block_tokens: int) -> None:
+    def __init__(
+        self,
+        times: StepTimes,
+        cache: BlockCache,
+        block_tokens: int,
+        news: BlockNews | None = None,
+    ) -> None:
+        """`news`: where it tells which blocks it has computed; None: nowhere."""
         self.ends_s: float | None = None
         self.busy_s = 0.0
         self.computed_tokens = 0  # of prompts
@@ -85,6 +94,7 @@ class SimReplica:
         self._times = times
         self._cache = cache
         self._block_tokens = block_tokens
+        self._news = news
         self._prefilling: deque[Job] = deque()  # admitted, in order
         self._streams: list[tuple[int, int, Job]] = []  # heap: last step, order, job
         self._context_tokens = 0  # of all streams
@@ -107,6 +117,10 @@ class SimReplica:
             kv_usage=cache.used_blocks / cache.capacity_blocks,
             kv_capacity_tokens=cache.capacity_blocks * self._block_tokens,
         )
+
+    def take_news(self) -> list[KvEvent]:
+        """What it tells of its blocks since this was asked last."""
+        return self._news.take() if self._news is not None else []
 
     def queued_s(self) -> float:
         """Seconds of prefill that stand before a request that comes now. O(queue).
@@ -157,6 +171,8 @@ class SimReplica:
             self._context_tokens -= job.request.prompt_tokens + job.request.output_tokens
             happened.append(self._end(job, now))
         for job, num_tokens in self._chunks:
+            if self._news is not None:
+                self._tell_computed(self._news, job, num_tokens)
             job.computed_tokens += num_tokens
             self.computed_tokens += num_tokens
             if not job.uncached_tokens:
@@ -165,6 +181,16 @@ class SimReplica:
         self.ends_s = None
         self._begin(now)
         return happened
+
+    def _tell_computed(self, news: BlockNews, job: Job, num_tokens: int) -> None:
+        """A stretch ends that computed `num_tokens` more of a prompt.
+
+        A block that lacks its last token, which is computed again, may be told of twice.
+        """
+        size, ids, before = self._block_tokens, job.request.block_ids, job.computed_tokens
+        first = -(-before // size) if before == job.cached_tokens else before // size
+        is_whole = num_tokens == job.uncached_tokens
+        news.stored(ids, first, len(ids) if is_whole else (before + num_tokens) // size)
 
     def _start_stream(self, job: Job, now: float, happened: list[tuple[Happened, Job]]) -> None:
         job.first_token_s = now

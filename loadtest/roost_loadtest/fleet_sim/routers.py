@@ -4,14 +4,16 @@ The real one is `roost_router.placement.Placer` with its index, fleet, fitted sp
 and `roost_router.dispatch.Dispatcher` before it, driven as the data path drives them: `offer` when
 a request arrives, `look` while any is held, `learn` and `first_byte` with its first token (as with
 our engine, whose head tells the cached tokens), `finish` at its end. Load reports come as its
-poller brings them. As many requests are held as come: none is refused.
+poller brings them. As many requests are held as come: none is refused. With KV events (told.py) the
+placer has what they say, too.
 
 A trace has block ids instead of text. The placer gets canonical prompt bytes made of them: each
 token is four bytes, each block its id over and over. So the text chain is computed and cut as in
 the router, with the same loss where its blocks are longer than the trace's.
 
-Several routers share nothing: each has its own placements and what their answers tell. Which
-router a request comes to is drawn at random.
+Several routers share nothing: each has its own placements, what their answers tell, and the tokens
+of prompts that came by it. All hear all KV events. Which router a request comes to is drawn at
+random.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from random import Random
 from struct import pack
 from typing import TYPE_CHECKING, Protocol
 
+from roost_loadtest.fleet_sim.told import EventDelays, EventView
 from roost_router.dispatch import Dispatcher
 from roost_router.errors import RouterError
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.replica import Job, SimReplica
     from roost_loadtest.fleet_sim.trace import Request
     from roost_router.policy.interface import Policy
+    from roost_wire.kv_events import KvEvent
     from roost_wire.load_report import LoadReport
 
 _MODEL = "m"
@@ -69,6 +73,14 @@ class Router(Protocol):
         """What all replicas reported of themselves, in order."""
         ...
 
+    def told(self, replica: int, events: list[KvEvent]) -> None:
+        """What a replica tells of its blocks."""
+        ...
+
+    def tokenised(self, job: Job) -> None:
+        """The tokens of a prompt that was offered are known."""
+        ...
+
 
 class _Asked:
     """A job with what the router reads of a request."""
@@ -90,9 +102,23 @@ class RealRouters:
         reports: Sequence[LoadReport],
         block_tokens: int,
         seed: int,
+        delays: EventDelays | None = None,
     ) -> None:
+        """`delays`: with which KV events are followed; None: they are not."""
         rngs = [Random(f"{seed}/{number}") for number in range(num_routers)]
-        self.placers = [_placer(make_policy, len(reports), rng) for rng in rngs]
+        self.placers: list[Placer] = []
+        self._views: list[EventView] = []  # of the routers, if they follow events
+        for rng in rngs:
+            index = PrefixIndex()
+            fleet = Fleet(index, [f"http://replica-{number}" for number in range(len(reports))])
+            told = None
+            if delays is not None:
+                view = EventView(fleet, _MODEL, block_tokens)
+                self._views.append(view)
+                told = view.told
+            self.placers.append(Placer(index, fleet, make_policy, rng, told))
+        self._knows_tokens_first = delays is not None and not delays.tokens_after_s
+        self._untokenised: dict[int, tuple[EventView, RoutingFields]] = {}
         self._dispatchers: list[Dispatcher[_Asked]] = [
             Dispatcher(placer, rng, max_held=sys.maxsize)
             for placer, rng in zip(self.placers, rngs, strict=True)
@@ -106,7 +132,12 @@ class RealRouters:
     def offer(self, job: Job, now: float) -> int | None:
         """One of the routers decides. O(prompt bytes + replicas)."""
         place = self._door.randrange(len(self.placers)) if len(self.placers) > 1 else 0
-        taken, _ = self._dispatchers[place].offer(_Asked(job, self._block_tokens), now)
+        asked = _Asked(job, self._block_tokens)
+        if self._views and self._views[place].wants_tokens(asked.fields):
+            self._untokenised[job.number] = self._views[place], asked.fields
+            if self._knows_tokens_first:
+                self.tokenised(job)
+        taken, _ = self._dispatchers[place].offer(asked, now)
         if isinstance(taken, Placement):
             return self._place(job, self.placers[place], taken)
         return None
@@ -146,6 +177,18 @@ class RealRouters:
             for replica, report in zip(placer.fleet.replicas, reports, strict=True):
                 placer.fleet.answered(replica, [_MODEL], report)
 
+    def told(self, replica: int, events: list[KvEvent]) -> None:
+        """As the streams of events, in all routers at once."""
+        for view in self._views:
+            view.apply(replica, events)
+
+    def tokenised(self, job: Job) -> None:
+        """As a tokenizer's answer, in the router that had the prompt, if it asked for one."""
+        waiting = self._untokenised.pop(job.number, None)
+        if waiting is not None:
+            view, fields = waiting
+            view.bind(fields, job.request)
+
 
 class LeastWaitRouter:
     """The bound's: sees the replicas themselves, at once, and takes the least wait.
@@ -182,6 +225,12 @@ class LeastWaitRouter:
     def polled(self, reports: Sequence[LoadReport]) -> None:
         """Nothing to learn."""
 
+    def told(self, replica: int, events: list[KvEvent]) -> None:
+        """Nothing to learn."""
+
+    def tokenised(self, job: Job) -> None:
+        """Nothing to learn."""
+
     def _wait(self, replica: SimReplica) -> tuple[float, int]:
         slower = 1.0 + replica.step_decode_s() / self._chunk_s
         return replica.queued_s() * slower, replica.num_requests
@@ -202,9 +251,3 @@ def canonical_prompt(request: Request, block_tokens: int, number: int) -> bytes:
     if missing > 0:
         blocks.append(pack("<Q", ~number & _ID_MASK) * (missing // _ID_BYTES + 1))
     return b"".join(blocks)[:num_bytes]
-
-
-def _placer(make_policy: Callable[[], Policy], num_replicas: int, rng: Random) -> Placer:
-    index = PrefixIndex()
-    fleet = Fleet(index, [f"http://replica-{number}" for number in range(num_replicas)])
-    return Placer(index, fleet, make_policy, rng)

@@ -14,6 +14,7 @@ from roost_loadtest.fleet_sim.model import StepTimes
 from roost_loadtest.fleet_sim.replica import SimReplica
 from roost_loadtest.fleet_sim.routers import LeastWaitRouter, RealRouters, Router
 from roost_loadtest.fleet_sim.summary import Row, Slo, summarise
+from roost_loadtest.fleet_sim.told import BlockNews, EventDelays, check_can_tell
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.trace import Trace
@@ -32,6 +33,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_routers: int = 1
     hears_after_s: float = 0.0  # what replicas tell reaches routers so much later
     poll_interval_s: float = 1.0  # between two load reports
+    delays: EventDelays | None = None  # of KV events; None: routers follow none
     seed: int = 0
     slo: Slo = Slo()
 
@@ -48,8 +50,10 @@ def sweep(
     """A row for each load and policy, then the bound's, as each is done.
 
     `on_progress` gets policy, load and requests done. Raises TooLargeError for a request that no
-    replica could hold.
+    replica could hold, NoEventsError for a trace of which KV events cannot tell.
     """
+    if config.delays is not None:
+        check_can_tell(trace)
     work = work_s(trace, config.times, config.kv_tokens)
     makers: dict[str, Callable[[], Policy] | None] = dict(policies)
     if bound:
@@ -68,6 +72,7 @@ def sweep(
                 time_scale=scale,
                 hears_after_s=config.hears_after_s,
                 poll_interval_s=config.poll_interval_s,
+                delays=config.delays if make_policy is not None else None,
                 shares_cache=make_policy is None,
                 on_progress=progress,
             ).run()
@@ -85,20 +90,24 @@ def _bind(
 def _fleet(
     trace: Trace, config: FleetConfig, make_policy: Callable[[], Policy] | None
 ) -> tuple[list[SimReplica], Router]:
-    num_blocks = config.kv_tokens // trace.block_tokens
+    num_blocks, block_tokens = config.kv_tokens // trace.block_tokens, trace.block_tokens
     if make_policy is None:
         shared = BlockCache(num_blocks * config.num_replicas)
-        caches = [shared] * config.num_replicas
-    else:
-        caches = [BlockCache(num_blocks) for _ in range(config.num_replicas)]
-    replicas = [SimReplica(config.times, cache, trace.block_tokens) for cache in caches]
-    if make_policy is None:
+        replicas = [
+            SimReplica(config.times, shared, block_tokens) for _ in range(config.num_replicas)
+        ]
         chunk_s = config.times.prefill_s(config.times.chunk_tokens, 0)
         return replicas, LeastWaitRouter(replicas, chunk_s, config.seed)
+    replicas = []
+    for _ in range(config.num_replicas):
+        news = BlockNews(block_tokens) if config.delays is not None else None
+        cache = BlockCache(num_blocks, news.removed if news is not None else None)
+        replicas.append(SimReplica(config.times, cache, block_tokens, news))
     return replicas, RealRouters(
         make_policy,
         num_routers=config.num_routers,
         reports=[replica.report() for replica in replicas],
-        block_tokens=trace.block_tokens,
+        block_tokens=block_tokens,
         seed=config.seed,
+        delays=config.delays,
     )

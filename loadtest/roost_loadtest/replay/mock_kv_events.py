@@ -9,7 +9,6 @@ Events are those of vLLM 0.33 (maps with a `type`). No replay: the router is the
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
@@ -42,8 +41,8 @@ class ToldCache(BlockCache):
     """A cache that tells what enters and leaves it."""
 
     def __init__(self, capacity_blocks: int, block_tokens: int, publisher: KvPublisher) -> None:
-        super().__init__(capacity_blocks)
-        self._idle = self._evictable = _Evictable()
+        self._evicted: list[int] = []
+        super().__init__(capacity_blocks, self._evicted.extend)
         self._block_tokens = block_tokens
         self.publisher = publisher
         self._texts: dict[int, memoryview] = {}  # of blocks whose requests wait
@@ -77,23 +76,10 @@ class ToldCache(BlockCache):
                     "lora_name": None,
                 }
             )
-        if self._evictable.evicted:
-            gone = self._evictable.evicted.copy()
-            self._evictable.evicted.clear()
+        if self._evicted:
+            gone = self._evicted.copy()
+            self._evicted.clear()
             events.append({"type": "BlockRemoved", "block_hashes": gone, "medium": "GPU"})
         if events:
             self.publisher.publish(events)
         return matched
-
-
-class _Evictable(OrderedDict[int, None]):
-    """Blocks by least recent use; notes which are evicted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.evicted: list[int] = []
-
-    def popitem(self, last: bool = True) -> tuple[int, None]:
-        block, none = super().popitem(last)
-        self.evicted.append(block)
-        return block, none
