@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 _POSITIVE = click.FloatRange(0.0, min_open=True)
 
 
+class _InTurn(click.ParamType[tuple[Any, ...]]):
+    """Values with commas between them, which replicas get in turn."""
+
+    def __init__(self, of: click.ParamType[Any]) -> None:
+        self._of = of
+        self.name = f"{of.name},..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._of.convert(part, param, ctx) for part in str(value).split(","))
+
+
 @click.command()
 @click.argument("traces", nargs=-1, required=True, type=FILE, metavar="TRACE...")
 @click.option(
@@ -30,7 +45,23 @@ _POSITIVE = click.FloatRange(0.0, min_open=True)
 )
 @click.option("--bound/--no-bound", default=True, help="Add the bound: one cache shared by all.")
 @click.option(
-    "--replicas", "num_replicas", type=click.IntRange(1, 1024), default=8, help="All alike."
+    "--replicas",
+    "num_replicas",
+    type=click.IntRange(1, 1024),
+    default=8,
+    help="Alike, but for --speeds and --kv-tokens.",
+)
+@click.option(
+    "--speeds",
+    type=_InTurn(_POSITIVE),
+    default="1",
+    help="Of the replicas in turn, over and over: 1,1,0.5,2.",
+)
+@click.option(
+    "--misfits",
+    type=_InTurn(_POSITIVE),
+    help="Routers begin with prefill speeds that are wrong by these factors, of the replicas in "
+    "turn: 0.5,1.5.  [default: they know none]",
 )
 @click.option(
     "--load",
@@ -85,7 +116,10 @@ _POSITIVE = click.FloatRange(0.0, min_open=True)
     "decided.",
 )
 @click.option(
-    "--kv-tokens", type=click.IntRange(1), default=500_000, help="KV cache a replica, in tokens."
+    "--kv-tokens",
+    type=_InTurn(click.IntRange(1)),
+    default="500000",
+    help="KV cache in tokens, of the replicas in turn. Routers take those with as much for alike.",
 )
 @click.option(
     "--token-us", type=_POSITIVE, default=40.0, help="Arithmetic of a token: microseconds."
@@ -181,6 +215,7 @@ def _config(options: dict[str, Any]) -> FleetConfig:
         context_s=options.pop("context_ns") / 1e9,
         chunk_tokens=options.pop("chunk_tokens"),
     )
+    options["misfits"] = options["misfits"] or ()
     slo = Slo(options.pop("ttft_s"), options.pop("itl_s"))
     delays: EventDelays | None = EventDelays(
         events_after_s=options.pop("events_after_s"), tokens_after_s=options.pop("tokens_after_s")

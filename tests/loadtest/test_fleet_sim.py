@@ -173,7 +173,7 @@ def test_the_bound_shares_one_cache_and_lets_others_go_on():
     prompt = tuple(range(4))
     requests = [Request(4 * BLOCK, 10, prompt, 0.0), Request(4 * BLOCK, 10, (7, 8, 9, 10), 0.001)]
     requests.append(Request(4 * BLOCK, 10, prompt, 5.0))
-    router = LeastWaitRouter(replicas, 0.1, seed=0)
+    router = LeastWaitRouter(replicas, seed=0)
 
     jobs = FleetRun(Trace("t", BLOCK, requests), replicas, router, shares_cache=True).run()
 
@@ -186,7 +186,7 @@ def test_what_one_replica_computed_is_a_hit_on_the_other():
     shared = BlockCache(100)
     replicas = [SimReplica(TIMES, shared, BLOCK) for _ in range(2)]
     requests = [Request(400, 10, (1, 2, 3), 0.0), Request(400, 10, (1, 2, 4), 0.001)]
-    router = LeastWaitRouter(replicas, 0.1, seed=0)
+    router = LeastWaitRouter(replicas, seed=0)
 
     first, second = FleetRun(Trace("t", BLOCK, requests), replicas, router, shares_cache=True).run()
 
@@ -200,10 +200,10 @@ def figures(config: FleetConfig, trace: Trace):
 
 def test_a_run_is_a_function_of_its_seed():
     trace = chats(num_chats=40)
-    config = FleetConfig(num_replicas=4, num_routers=2, kv_tokens=20_000)
+    config = FleetConfig(num_replicas=4, num_routers=2, kv_tokens=(20_000,))
 
     assert figures(config, trace) == figures(config, trace)
-    other = FleetConfig(num_replicas=4, num_routers=2, kv_tokens=20_000, seed=1)
+    other = FleetConfig(num_replicas=4, num_routers=2, kv_tokens=(20_000,), seed=1)
     assert figures(config, trace) != figures(other, trace)
 
 
@@ -212,7 +212,7 @@ def test_a_run_is_a_function_of_its_seed():
 )
 def test_what_routers_see_changes_what_they_do(view):
     trace = chats(num_chats=40)
-    plain = FleetConfig(num_replicas=4, kv_tokens=20_000)
+    plain = FleetConfig(num_replicas=4, kv_tokens=(20_000,))
 
     def rows(config: FleetConfig):
         loads, policies = (1.0,), {"llm-d": lambda: make_policy("llm-d")}
@@ -223,7 +223,7 @@ def test_what_routers_see_changes_what_they_do(view):
 
 def test_load_raises_waiting_and_the_bound_is_ahead():
     trace = chats(num_chats=60)
-    rows = figures(FleetConfig(num_replicas=4, kv_tokens=30_000), trace)
+    rows = figures(FleetConfig(num_replicas=4, kv_tokens=(30_000,)), trace)
 
     assert [(row.policy, row.load) for row in rows] == [
         ("cost", 0.5),

@@ -203,8 +203,8 @@ def test_the_work_of_a_trace_counts_what_one_cache_misses():
     trace = trace_of(Request(20, 5, (1, 2), 0.0), Request(20, 5, (1, 3), 10.0))
 
     assert work_s(trace, PLAIN, 100) == pytest.approx(0.030 + 8 * (0.001 + 0.010 / 4))
-    assert time_scale(trace, 4.0, num_replicas=2, load=0.5) == pytest.approx(0.4)
-    assert time_scale(trace_of(trace.requests[0]), 4.0, num_replicas=2, load=0.5) == 1.0
+    assert time_scale(trace, 4.0, speed=2, load=0.5) == pytest.approx(0.4)
+    assert time_scale(trace_of(trace.requests[0]), 4.0, speed=2, load=0.5) == 1.0
 
 
 def test_a_request_that_fits_nowhere_is_named():

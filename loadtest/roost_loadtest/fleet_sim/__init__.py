@@ -17,13 +17,16 @@ The formulas are the usual ones of such simulators: prefill linear in its tokens
 query and key, decode bound by reading weights and keys. That traces stand for prompts as ids of
 blocks is the format of Mooncake's traces (FAST'25), and hits are counted in such blocks.
 
+Replicas may be unlike in speed and memory, and routers may begin with speeds that are wrong
+(sweep.FleetConfig).
+
 What that leaves out:
 - Answers are not cached: a trace does not say which blocks they become.
 - No preemption: a request gets the memory for its whole answer at once. Nor does the replica
   reorder requests, refuse any, fail or restart.
 - Two requests of one step may share a block that is computed in it, as in vLLM; an engine that
   waits for the first to finish starts the second a step later.
-- Time on the network and in the router is none. Speeds have no noise, and all replicas are alike.
+- Time on the network and in the router is none. Speeds have no noise, and do not change.
 - Requests are never aborted, and nobody retries.
 - A router knows its own placements at once. `hears_after_s` delays what replicas tell, with the
   true times, as a report that was long under way.

@@ -47,6 +47,14 @@ class BlockCache:
         """Blocks that are cached and may be evicted."""
         return len(self._idle)
 
+    def peek(self, block_ids: Sequence[int]) -> int:
+        """How many of a prompt's blocks, from its start, are here. O(blocks)."""
+        used, idle = self._used, self._idle
+        for matched, block in enumerate(block_ids):
+            if block not in idle and block not in used:
+                return matched
+        return len(block_ids)
+
     def take(self, block_ids: Sequence[int], num_private: int) -> int | None:
         """Hold a prompt's blocks and `num_private` more; how many of the first were cached.
 

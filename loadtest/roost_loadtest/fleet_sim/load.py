@@ -3,7 +3,7 @@
     work = sum over requests of   prefill of the tokens that one replica's cache misses
                                 + (out - 1) · (a + ov/n + g·(in + out/2))
 
-    load = work / (replicas · seconds in which the trace's requests arrive)
+    load = work / (sum of the replicas' speeds · seconds in which the trace's requests arrive)
 
 Hits are those of *one* replica's cache that sees the whole trace in order. So load 1.0 depends on
 trace, model and cache, neither on policy nor on the number of replicas, and it is within reach: a
@@ -14,6 +14,9 @@ it.
 
 n, the streams among which a step's fixed part is shared, is how many of the trace's mean request
 the cache has room for.
+
+Where replicas are unlike, 1.0 is a speed whose step times are the given ones, and the cache is the
+smallest.
 
 To play a trace at a load its arrivals are stretched or compressed, all by one factor. In traces
 of sessions that is done to their starts; the time a user thinks stays as it is.
@@ -62,10 +65,11 @@ def work_s(trace: Trace, times: StepTimes, kv_tokens: int) -> float:
     return total
 
 
-def time_scale(trace: Trace, work: float, num_replicas: int, load: float) -> float:
+def time_scale(trace: Trace, work: float, speed: float, load: float) -> float:
     """By what the trace's arrival times are multiplied so that they make `load`.
 
+    `speed`: of all replicas together; of alike ones their number.
     1.0 where all come at the same moment: no factor changes that.
     """
     span_s = trace.requests[-1].arrives_s
-    return work / (num_replicas * load * span_s) if span_s else 1.0
+    return work / (speed * load * span_s) if span_s else 1.0

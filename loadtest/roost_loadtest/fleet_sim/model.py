@@ -36,6 +36,16 @@ class StepTimes(msgspec.Struct, frozen=True, kw_only=True):
     context_s: float = 50e-9
     chunk_tokens: int = 2048  # prompt tokens of a step
 
+    def at_speed(self, speed: float) -> StepTimes:
+        """Those of a replica that does everything `speed` times as fast."""
+        return StepTimes(
+            token_s=self.token_s / speed,
+            pair_s=self.pair_s / speed,
+            step_s=self.step_s / speed,
+            context_s=self.context_s / speed,
+            chunk_tokens=self.chunk_tokens,
+        )
+
     def prefill_s(self, num_tokens: int, num_before: int) -> float:
         """Seconds for `num_tokens` of a prompt after `num_before` computed or cached ones."""
         pairs = num_tokens * num_before + num_tokens * num_tokens / 2

@@ -138,6 +138,16 @@ class SimReplica:
         """Seconds that the running streams add to a step."""
         return self._times.decode_s(1, self.num_streams, self._context_tokens)
 
+    def prefill_s(self, job: Job) -> float:
+        """Seconds of prefill of a request that came now, alone. O(blocks)."""
+        num_tokens = job.request.prompt_tokens
+        cached = min(self._cache.peek(job.request.block_ids) * self._block_tokens, num_tokens - 1)
+        return self._times.prefill_s(num_tokens - cached, cached)
+
+    def chunk_s(self) -> float:
+        """Seconds of a whole chunk at the start of a prompt."""
+        return self._times.prefill_s(self._times.chunk_tokens, 0)
+
     def submit(self, job: Job, now: float) -> None:
         """Take a request; it must fit into an empty cache."""
         self.waiting.append(job)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 _MODEL = "m"
 _TOKEN_BYTES = int(PRIOR_BYTES_PER_TOKEN)
 _ID_BYTES = 8
+#: First tokens that make a fit: as many as a replica's remembers, of two sizes.
+_FITTED_WORK = (1_000, 8_000) * 10
 _ID_MASK = (1 << 64) - 1  # ids of any size and sign
 
 
@@ -103,8 +105,13 @@ class RealRouters:
         block_tokens: int,
         seed: int,
         delays: EventDelays | None = None,
+        first_fits: Sequence[float] = (),
     ) -> None:
-        """`delays`: with which KV events are followed; None: they are not."""
+        """`delays`: with which KV events are followed; None: they are not.
+
+        `first_fits`: what routers begin with as fitted prefill speeds, tokens/s of each replica;
+        none: as they begin, without a fit.
+        """
         rngs = [Random(f"{seed}/{number}") for number in range(num_routers)]
         self.placers: list[Placer] = []
         self._views: list[EventView] = []  # of the routers, if they follow events
@@ -124,6 +131,10 @@ class RealRouters:
             for placer, rng in zip(self.placers, rngs, strict=True)
         ]
         self.polled(reports)
+        for placer in self.placers:
+            for replica, tokens_per_s in zip(placer.fleet.replicas, first_fits, strict=False):
+                for work_tokens in _FITTED_WORK:
+                    replica.speed.observe_ttft(work_tokens, work_tokens / tokens_per_s)
         self._block_tokens = block_tokens
         self._door = Random(f"{seed}/door")
         self._placed: dict[int, tuple[Placer, Placement]] = {}
@@ -194,13 +205,14 @@ class LeastWaitRouter:
     """The bound's: sees the replicas themselves, at once, and takes the least wait.
 
     wait = prefill seconds queued · (1 + seconds of a decode step / seconds of a chunk)
+           + seconds of its own prefill
 
-    Meant for replicas that share one cache, so that every replica has every prefix.
+    Meant for replicas that share one cache, so that every replica has every prefix, and its own
+    prefill differs where their speeds do.
     """
 
-    def __init__(self, replicas: Sequence[SimReplica], chunk_s: float, seed: int) -> None:
+    def __init__(self, replicas: Sequence[SimReplica], seed: int) -> None:
         self._replicas = replicas
-        self._chunk_s = chunk_s
         self._rng = Random(f"{seed}/bound")
 
     num_held = 0
@@ -210,10 +222,10 @@ class LeastWaitRouter:
         return iter(())
 
     def offer(self, job: Job, now: float) -> int:  # noqa: ARG002
-        """The replica where the queue is shortest, ties by streams, then at random."""
+        """The replica where it waits least, ties by streams, then at random."""
         return min(
             range(len(self._replicas)),
-            key=lambda i: (*self._wait(self._replicas[i]), self._rng.random()),
+            key=lambda i: (*self._wait(self._replicas[i], job), self._rng.random()),
         )
 
     def first_token(self, job: Job, at: float, now: float) -> None:
@@ -231,9 +243,9 @@ class LeastWaitRouter:
     def tokenised(self, job: Job) -> None:
         """Nothing to learn."""
 
-    def _wait(self, replica: SimReplica) -> tuple[float, int]:
-        slower = 1.0 + replica.step_decode_s() / self._chunk_s
-        return replica.queued_s() * slower, replica.num_requests
+    def _wait(self, replica: SimReplica, job: Job) -> tuple[float, int]:
+        slower = 1.0 + replica.step_decode_s() / replica.chunk_s()
+        return replica.queued_s() * slower + replica.prefill_s(job), replica.num_requests
 
 
 def canonical_prompt(request: Request, block_tokens: int, number: int) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.trace import Trace
     from roost_router.policy.interface import Policy
 
+_T = TypeVar("_T")
+
 #: The row of the bound: least wait, one cache of the fleet's whole size shared by all.
 BOUND = "shared-cache bound"
 
@@ -28,7 +31,11 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A fleet and how its routers see it."""
 
     num_replicas: int = 8
-    kv_tokens: int = 500_000  # of each replica
+    # Of the replicas in turn, over and over:
+    kv_tokens: tuple[int, ...] = (500_000,)
+    speeds: tuple[float, ...] = (1.0,)  # 2: twice as fast as `times` say
+    #: Routers begin with prefill speeds fitted wrong by these factors; none: without a fit.
+    misfits: tuple[float, ...] = ()
     times: StepTimes = StepTimes()
     num_routers: int = 1
     hears_after_s: float = 0.0  # what replicas tell reaches routers so much later
@@ -36,6 +43,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     delays: EventDelays | None = None  # of KV events; None: routers follow none
     seed: int = 0
     slo: Slo = Slo()
+
+    def of_each(self, values: tuple[_T, ...]) -> list[_T]:
+        """What each replica gets of `values`, in turn."""
+        return list(islice(cycle(values), self.num_replicas))
 
 
 def sweep(
@@ -54,12 +65,13 @@ def sweep(
     """
     if config.delays is not None:
         check_can_tell(trace)
-    work = work_s(trace, config.times, config.kv_tokens)
+    work = work_s(trace, config.times, min(config.of_each(config.kv_tokens)))
+    speed = sum(config.of_each(config.speeds))
     makers: dict[str, Callable[[], Policy] | None] = dict(policies)
     if bound:
         makers[BOUND] = None
     for load in loads:
-        scale = time_scale(trace, work, config.num_replicas, load)
+        scale = time_scale(trace, work, speed, load)
         for name, make_policy in makers.items():
             progress = None
             if on_progress is not None:
@@ -90,19 +102,19 @@ def _bind(
 def _fleet(
     trace: Trace, config: FleetConfig, make_policy: Callable[[], Policy] | None
 ) -> tuple[list[SimReplica], Router]:
-    num_blocks, block_tokens = config.kv_tokens // trace.block_tokens, trace.block_tokens
+    block_tokens = trace.block_tokens
+    num_blocks = [tokens // block_tokens for tokens in config.of_each(config.kv_tokens)]
+    times = [config.times.at_speed(speed) for speed in config.of_each(config.speeds)]
     if make_policy is None:
-        shared = BlockCache(num_blocks * config.num_replicas)
-        replicas = [
-            SimReplica(config.times, shared, block_tokens) for _ in range(config.num_replicas)
-        ]
-        chunk_s = config.times.prefill_s(config.times.chunk_tokens, 0)
-        return replicas, LeastWaitRouter(replicas, chunk_s, config.seed)
+        shared = BlockCache(sum(num_blocks))
+        replicas = [SimReplica(each, shared, block_tokens) for each in times]
+        return replicas, LeastWaitRouter(replicas, config.seed)
     replicas = []
-    for _ in range(config.num_replicas):
+    for capacity, each in zip(num_blocks, times, strict=True):
         news = BlockNews(block_tokens) if config.delays is not None else None
-        cache = BlockCache(num_blocks, news.removed if news is not None else None)
-        replicas.append(SimReplica(config.times, cache, block_tokens, news))
+        cache = BlockCache(capacity, news.removed if news is not None else None)
+        replicas.append(SimReplica(each, cache, block_tokens, news))
+    misfits = config.of_each(config.misfits)
     return replicas, RealRouters(
         make_policy,
         num_routers=config.num_routers,
@@ -110,4 +122,5 @@ def _fleet(
         block_tokens=block_tokens,
         seed=config.seed,
         delays=config.delays,
+        first_fits=[wrong / each.token_s for wrong, each in zip(misfits, times, strict=False)],
     )
