@@ -23,7 +23,7 @@ Not here: requests' arrivals and routing (the simulator), fitting the coefficien
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from roost_wire.kv_events import KvEvent
 
 _EOS = -1  # no token id, so no output a request asks for ends it early
+
+
+class PredictsSteps(Protocol):
+    """A formula for how long a step takes: StepTime, or a simulator's own."""
+
+    def predict_s(self, chunks: Iterable[Chunk], num_copies: int = 0) -> float:
+        """Seconds a step of these chunks takes."""
+        ...
 
 
 class StepTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +88,7 @@ class SimulatedReplica:
         self,
         cache: CacheConfig,
         limits: SchedulerConfig,
-        step_time: StepTime,
+        step_time: PredictsSteps,
         *,
         on_event: Callable[[KvEvent], None] | None = None,
     ) -> None:

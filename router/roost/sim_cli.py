@@ -52,6 +52,13 @@ class _InTurn(click.ParamType[tuple[Any, ...]]):
     help="Alike, but for --speeds and --kv-tokens.",
 )
 @click.option(
+    "--replica",
+    type=click.Choice(["model", "engine"]),
+    default="model",
+    help="A closed form, or our engine's scheduler and block pool, which take longer. The bound's "
+    "are always the closed form.",
+)
+@click.option(
     "--speeds",
     type=_InTurn(_POSITIVE),
     default="1",
@@ -215,6 +222,7 @@ def _config(options: dict[str, Any]) -> FleetConfig:
         context_s=options.pop("context_ns") / 1e9,
         chunk_tokens=options.pop("chunk_tokens"),
     )
+    options["is_engine"] = options.pop("replica") == "engine"
     options["misfits"] = options["misfits"] or ()
     slo = Slo(options.pop("ttft_s"), options.pop("itl_s"))
     delays: EventDelays | None = EventDelays(

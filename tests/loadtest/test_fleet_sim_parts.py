@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from roost_loadtest.fleet_sim.cache import BlockCache
 from roost_loadtest.fleet_sim.load import TooLargeError, time_scale, work_s
 from roost_loadtest.fleet_sim.model import StepTimes
-from roost_loadtest.fleet_sim.routers import canonical_prompt
+from roost_loadtest.fleet_sim.prompts import canonical_prompt
 from roost_loadtest.fleet_sim.trace import Request, Trace, TraceError, read_trace
 from roost_router.index.text_chain import text_chain
 

@@ -14,8 +14,9 @@ from roost.cli import main
 from roost_loadtest.fleet_sim.cache import BlockCache
 from roost_loadtest.fleet_sim.events import FleetRun
 from roost_loadtest.fleet_sim.model import StepTimes
+from roost_loadtest.fleet_sim.prompts import canonical_prompt
 from roost_loadtest.fleet_sim.replica import Job, SimReplica
-from roost_loadtest.fleet_sim.routers import RealRouters, canonical_prompt
+from roost_loadtest.fleet_sim.routers import RealRouters
 from roost_loadtest.fleet_sim.told import BlockNews, EventDelays, NoEventsError, check_can_tell
 from roost_loadtest.fleet_sim.trace import Request, Trace
 from roost_router.openai_request import RoutingFields

@@ -2,7 +2,8 @@
 
     trace.py ──► events.py ──► routers.py     who decides: the real Placer, or the bound
     load.py          │
-       told.py ──────┴───────► replica.py ──► cache.py, model.py
+       told.py ──────┴───────► replica.py ──► cache.py, model.py     in closed form, or
+       prompts.py              engine_replica.py                     the real engine's scheduler
     sweep.py: every policy at every load      summary.py: figures and tables
 
 What is real. `roost_router.placement.Placer` with its prefix index, fleet, fitted speeds and
@@ -17,15 +18,22 @@ The formulas are the usual ones of such simulators: prefill linear in its tokens
 query and key, decode bound by reading weights and keys. That traces stand for prompts as ids of
 blocks is the format of Mooncake's traces (FAST'25), and hits are counted in such blocks.
 
+Or the engine's real scheduler and block pool, stepped in the same virtual time
+(engine_replica.py, which says where the two differ). On the same trace both come to the same within
+a few per cent, so that the quick one is the default.
+
 Replicas may be unlike in speed and memory, and routers may begin with speeds that are wrong
 (sweep.FleetConfig).
 
-What that leaves out:
-- Answers are not cached: a trace does not say which blocks they become.
-- No preemption: a request gets the memory for its whole answer at once. Nor does the replica
-  reorder requests, refuse any, fail or restart.
+What the closed form leaves out:
+- Answers take no place in the cache once they have ended.
+- No preemption: a request gets the memory for its whole answer at once.
 - Two requests of one step may share a block that is computed in it, as in vLLM; an engine that
   waits for the first to finish starts the second a step later.
+
+What both leave out:
+- No prompt goes on from an answer: a trace does not say which blocks it became.
+- Replicas refuse no request, and do not fail or restart.
 - Time on the network and in the router is none. Speeds have no noise, and do not change.
 - Requests are never aborted, and nobody retries.
 - A router knows its own placements at once. `hears_after_s` delays what replicas tell, with the

@@ -18,10 +18,11 @@ from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING
 
-from roost_loadtest.fleet_sim.replica import Happened, Job, SimReplica
+from roost_loadtest.fleet_sim.replica import Happened, Job
 from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
 
 if TYPE_CHECKING:
+    from roost_loadtest.fleet_sim.replica import Replica
     from roost_loadtest.fleet_sim.routers import Router
     from roost_loadtest.fleet_sim.told import EventDelays
     from roost_loadtest.fleet_sim.trace import Request, Trace
@@ -36,7 +37,7 @@ class FleetRun:
     def __init__(
         self,
         trace: Trace,
-        replicas: Sequence[SimReplica],
+        replicas: Sequence[Replica],
         router: Router,
         *,
         time_scale: float = 1.0,
@@ -162,7 +163,7 @@ class FleetRun:
 
     def _look_all(self, now: float) -> None:
         for number, replica in enumerate(self._replicas):
-            if replica.waiting:
+            if replica.num_waiting:
                 replica.look(now)
                 self._plan(number, now)
 

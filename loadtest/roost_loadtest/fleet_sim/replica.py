@@ -15,8 +15,8 @@ comes while streams are alone cuts the stretch at the end of the step under way.
 Figures kept of all streams together: `_num_steps` counts steps, so that a stream's end is known
 when it begins (a heap of step numbers), and the sum of contexts grows by one a stream and step.
 
-Rejected: the engine's own twin (roost_engine.simulated), which runs its real scheduler. It steps
-through each token and hashes token ids, which traces do not have.
+The engine's own scheduler and block pool do as well (engine_replica.py), at a fraction of the pace:
+they step through each token and hash token ids.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import deque
 from enum import Enum
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from roost_wire.load_report import LoadReport
 
@@ -75,8 +75,57 @@ class Happened(Enum):
     END = "end"
 
 
+class Replica(Protocol):
+    """What the event loop and the figures ask of a replica."""
+
+    @property
+    def ends_s(self) -> float | None:
+        """When `step` is to be called; None: idle."""
+        ...
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which it computed."""
+        ...
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of prompts that it computed."""
+        ...
+
+    @property
+    def num_requests(self) -> int:
+        """Requests here, waiting ones included."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that are not admitted."""
+        ...
+
+    def submit(self, job: Job, now: float) -> None:
+        """Take a request; it must fit into an empty cache."""
+        ...
+
+    def look(self, now: float) -> None:
+        """There may be room now for those that wait."""
+        ...
+
+    def step(self, now: float) -> list[tuple[Happened, Job]]:
+        """It is `ends_s`: what happened; what comes next is begun."""
+        ...
+
+    def report(self) -> LoadReport:
+        """What its metrics page says."""
+        ...
+
+    def take_news(self) -> list[KvEvent]:
+        """What it tells of its blocks since this was asked last."""
+        ...
+
+
 class SimReplica:
-    """One replica."""
+    """One replica in closed form."""
 
     def __init__(
         self,
@@ -107,6 +156,11 @@ class SimReplica:
     def num_requests(self) -> int:
         """Requests here, waiting ones included."""
         return len(self.waiting) + len(self._prefilling) + self.num_streams
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that are not admitted."""
+        return len(self.waiting)
 
     def report(self) -> LoadReport:
         """What its metrics page says at this moment."""

@@ -7,8 +7,8 @@ our engine, whose head tells the cached tokens), `finish` at its end. Load repor
 poller brings them. As many requests are held as come: none is refused. With KV events (told.py) the
 placer has what they say, too.
 
-A trace has block ids instead of text. The placer gets canonical prompt bytes made of them: each
-token is four bytes, each block its id over and over. So the text chain is computed and cut as in
+A trace has block ids instead of text. The placer gets canonical prompt bytes made of them
+(prompts.py). So the text chain is computed and cut as in
 the router, with the same loss where its blocks are longer than the trace's.
 
 Several routers share nothing: each has its own placements, what their answers tell, and the tokens
@@ -21,30 +21,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from struct import pack
 from typing import TYPE_CHECKING, Protocol
 
+from roost_loadtest.fleet_sim.prompts import canonical_prompt
 from roost_loadtest.fleet_sim.told import EventDelays, EventView
 from roost_router.dispatch import Dispatcher
 from roost_router.errors import RouterError
-from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
+from roost_router.fleet.fleet import Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement, Placer
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.replica import Job, SimReplica
-    from roost_loadtest.fleet_sim.trace import Request
     from roost_router.policy.interface import Policy
     from roost_wire.kv_events import KvEvent
     from roost_wire.load_report import LoadReport
 
 _MODEL = "m"
-_TOKEN_BYTES = int(PRIOR_BYTES_PER_TOKEN)
-_ID_BYTES = 8
 #: First tokens that make a fit: as many as a replica's remembers, of two sizes.
 _FITTED_WORK = (1_000, 8_000) * 10
-_ID_MASK = (1 << 64) - 1  # ids of any size and sign
 
 
 class Router(Protocol):
@@ -104,10 +100,12 @@ class RealRouters:
         reports: Sequence[LoadReport],
         block_tokens: int,
         seed: int,
+        tells_tokens: bool = False,
         delays: EventDelays | None = None,
         first_fits: Sequence[float] = (),
     ) -> None:
-        """`delays`: with which KV events are followed; None: they are not.
+        """`delays`: with which KV events are followed; None: they are not. `tells_tokens`: these
+        events have tokens, not ids of the trace's blocks.
 
         `first_fits`: what routers begin with as fitted prefill speeds, tokens/s of each replica;
         none: as they begin, without a fit.
@@ -120,7 +118,7 @@ class RealRouters:
             fleet = Fleet(index, [f"http://replica-{number}" for number in range(len(reports))])
             told = None
             if delays is not None:
-                view = EventView(fleet, _MODEL, block_tokens)
+                view = EventView(fleet, _MODEL, None if tells_tokens else block_tokens)
                 self._views.append(view)
                 told = view.told
             self.placers.append(Placer(index, fleet, make_policy, rng, told))
@@ -246,20 +244,3 @@ class LeastWaitRouter:
     def _wait(self, replica: SimReplica, job: Job) -> tuple[float, int]:
         slower = 1.0 + replica.step_decode_s() / replica.chunk_s()
         return replica.queued_s() * slower + replica.prefill_s(job), replica.num_requests
-
-
-def canonical_prompt(request: Request, block_tokens: int, number: int) -> bytes:
-    """Bytes that agree with those of another request exactly as far as the block ids do.
-
-    `number`: of the request; fills the end of a prompt that has no ids. O(bytes).
-    """
-    block_bytes, num_bytes = block_tokens * _TOKEN_BYTES, request.prompt_tokens * _TOKEN_BYTES
-    times, rest = divmod(block_bytes, _ID_BYTES)
-    if rest:  # an odd number of tokens a block
-        blocks = [(pack("<Q", i & _ID_MASK) * (times + 1))[:block_bytes] for i in request.block_ids]
-    else:
-        blocks = [pack("<Q", i & _ID_MASK) * times for i in request.block_ids]
-    missing = num_bytes - len(blocks) * block_bytes
-    if missing > 0:
-        blocks.append(pack("<Q", ~number & _ID_MASK) * (missing // _ID_BYTES + 1))
-    return b"".join(blocks)[:num_bytes]

@@ -10,7 +10,7 @@ import msgspec
 from roost_loadtest.percentile import percentile
 
 if TYPE_CHECKING:
-    from roost_loadtest.fleet_sim.replica import Job, SimReplica
+    from roost_loadtest.fleet_sim.replica import Job, Replica
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 def summarise(
     jobs: Sequence[Job],
-    replicas: Sequence[SimReplica],
+    replicas: Sequence[Replica],
     *,
     trace: str,
     load: float,

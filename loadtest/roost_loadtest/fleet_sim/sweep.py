@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from roost_loadtest.fleet_sim.cache import BlockCache
+from roost_loadtest.fleet_sim.engine_replica import EngineReplica
 from roost_loadtest.fleet_sim.events import FleetRun
 from roost_loadtest.fleet_sim.load import time_scale, work_s
 from roost_loadtest.fleet_sim.model import StepTimes
@@ -18,6 +19,7 @@ from roost_loadtest.fleet_sim.summary import Row, Slo, summarise
 from roost_loadtest.fleet_sim.told import BlockNews, EventDelays, check_can_tell
 
 if TYPE_CHECKING:
+    from roost_loadtest.fleet_sim.replica import Replica
     from roost_loadtest.fleet_sim.trace import Trace
     from roost_router.policy.interface import Policy
 
@@ -31,6 +33,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A fleet and how its routers see it."""
 
     num_replicas: int = 8
+    is_engine: bool = False  # its scheduler and block pool; else the closed form. Never the bound's
     # Of the replicas in turn, over and over:
     kv_tokens: tuple[int, ...] = (500_000,)
     speeds: tuple[float, ...] = (1.0,)  # 2: twice as fast as `times` say
@@ -63,7 +66,7 @@ def sweep(
     `on_progress` gets policy, load and requests done. Raises TooLargeError for a request that no
     replica could hold, NoEventsError for a trace of which KV events cannot tell.
     """
-    if config.delays is not None:
+    if config.delays is not None and not config.is_engine:
         check_can_tell(trace)
     work = work_s(trace, config.times, min(config.of_each(config.kv_tokens)))
     speed = sum(config.of_each(config.speeds))
@@ -101,19 +104,19 @@ def _bind(
 
 def _fleet(
     trace: Trace, config: FleetConfig, make_policy: Callable[[], Policy] | None
-) -> tuple[list[SimReplica], Router]:
-    block_tokens = trace.block_tokens
-    num_blocks = [tokens // block_tokens for tokens in config.of_each(config.kv_tokens)]
+) -> tuple[Sequence[Replica], Router]:
+    block_tokens, kv_tokens = trace.block_tokens, config.of_each(config.kv_tokens)
     times = [config.times.at_speed(speed) for speed in config.of_each(config.speeds)]
     if make_policy is None:
-        shared = BlockCache(sum(num_blocks))
-        replicas = [SimReplica(each, shared, block_tokens) for each in times]
-        return replicas, LeastWaitRouter(replicas, config.seed)
-    replicas = []
-    for capacity, each in zip(num_blocks, times, strict=True):
-        news = BlockNews(block_tokens) if config.delays is not None else None
-        cache = BlockCache(capacity, news.removed if news is not None else None)
-        replicas.append(SimReplica(each, cache, block_tokens, news))
+        shared = BlockCache(sum(tokens // block_tokens for tokens in kv_tokens))
+        sharing = [SimReplica(each, shared, block_tokens) for each in times]
+        return sharing, LeastWaitRouter(sharing, config.seed)
+    make = _engine_replica if config.is_engine else _model_replica
+    tells = config.delays is not None
+    replicas = [
+        make(each, tokens, block_tokens, tells)
+        for each, tokens in zip(times, kv_tokens, strict=True)
+    ]
     misfits = config.of_each(config.misfits)
     return replicas, RealRouters(
         make_policy,
@@ -121,6 +124,17 @@ def _fleet(
         reports=[replica.report() for replica in replicas],
         block_tokens=block_tokens,
         seed=config.seed,
+        tells_tokens=config.is_engine,
         delays=config.delays,
         first_fits=[wrong / each.token_s for wrong, each in zip(misfits, times, strict=False)],
     )
+
+
+def _model_replica(times: StepTimes, kv_tokens: int, block_tokens: int, tells: bool) -> Replica:
+    news = BlockNews(block_tokens) if tells else None
+    cache = BlockCache(kv_tokens // block_tokens, news.removed if news is not None else None)
+    return SimReplica(times, cache, block_tokens, news)
+
+
+def _engine_replica(times: StepTimes, kv_tokens: int, block_tokens: int, tells: bool) -> Replica:
+    return EngineReplica(times, kv_tokens, block_tokens, tells=tells)

@@ -7,12 +7,13 @@ A router's side is the real one: told_residency.py over the token index, the bin
 tokens and a sink for each replica, whose stream is exact. It asks for a prompt's tokens where the
 data path does, when the prompt is on its way or held.
 
-A trace has ids of blocks and no tokens. An id stands for the hash of its block's tokens, as in
-Dynamo's events, which carry such hashes and no tokens; so everything from the index on is computed
-as in the router, but for no tokenizer, and text of four bytes a token exactly.
+A trace has ids of blocks and no tokens. For the closed-form replica an id stands for the hash of
+its block's tokens, as in Dynamo's events, which carry such hashes and no tokens; so everything from
+the index on is computed as in the router, but for no tokenizer, and text of four bytes a token
+exactly. The engine as a replica (engine_replica.py) tells its own events, of tokens.
 
-Left out: gaps, restarts, drift; every event comes, in order. Blocks without an id (answers, tails)
-are not told of: nobody could ask for them.
+Left out: gaps, restarts, drift; every event comes, in order. The closed-form replica does not tell
+of blocks without an id (answers, tails): nobody could ask for them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN
+from roost_loadtest.fleet_sim.prompts import ID_MASK, TOKEN_BYTES, prompt_tokens
 from roost_router.index.text_chain import chain_bytes
 from roost_router.index.token_identity import follow
-from roost_router.index.token_knowledge import TokenKnowledge
+from roost_router.index.token_knowledge import TokenKnowledge, hash_prompt
 from roost_router.kv.trust import Reason, Trust
 from roost_router.told_residency import ToldResidency
 from roost_wire.kv_events import BlockRemoved, BlockStored, KvEvent, Tier
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from roost_router.openai_request import RoutingFields
     from roost_router.tokens.drift import DriftChange
 
-#: Ids are told as hashes of 64 bits.
-_ID_MASK: Final = (1 << 64) - 1
 #: Engines' pages of fewer tokens are joined by their tokens, which a trace has not.
 _MIN_BLOCK_TOKENS: Final = 16
 #: What `roost route` gives to both by default.
@@ -78,7 +77,7 @@ class BlockNews:
         if first >= end:
             return
         names = _names(block_ids[first:end])
-        parent = block_ids[first - 1] & _ID_MASK if first else None
+        parent = block_ids[first - 1] & ID_MASK if first else None
         size = self._block_tokens
         self._events.append(BlockStored(names, parent, (), size, Tier.DEVICE, local_hashes=names))
 
@@ -95,7 +94,8 @@ class BlockNews:
 class EventView:
     """What one router knows by events."""
 
-    def __init__(self, fleet: Fleet, model: str, block_tokens: int) -> None:
+    def __init__(self, fleet: Fleet, model: str, block_tokens: int | None) -> None:
+        """`block_tokens`: of the trace, whose ids are told; None: tokens are."""
         self.told = ToldResidency(TokenKnowledge(_INDEX_BYTES, _BINDING_BYTES), [model], _no_drift)
         self._block_tokens = block_tokens
         self._sinks = [self.told.sink(replica, 0) for replica in fleet.replicas]
@@ -116,17 +116,19 @@ class EventView:
 
     def bind(self, fields: RoutingFields, request: Request) -> None:
         """The tokens of a prompt are known. O(text blocks + token blocks)."""
-        size, chain = self._block_tokens, fields.chain
-        whole = request.block_ids[: request.prompt_tokens // size]
-        num_tokens = [
-            int(chain_bytes(place) / PRIOR_BYTES_PER_TOKEN) for place in range(1, len(chain) + 1)
-        ]
-        token_chains = {size: array("Q", follow(None, _names(whole)))}
-        self.told.knowledge.bind(chain, token_chains, num_tokens)
+        size, chain, knowledge = self._block_tokens, fields.chain, self.told.knowledge
+        num_tokens = [chain_bytes(place) // TOKEN_BYTES for place in range(1, len(chain) + 1)]
+        if size is None:
+            tokens = prompt_tokens(fields.prompt)
+            token_chains = hash_prompt(tokens, knowledge.block_sizes(), None, None)
+        else:
+            whole = request.block_ids[: request.prompt_tokens // size]
+            token_chains = {size: array("Q", follow(None, _names(whole)))}
+        knowledge.bind(chain, token_chains, num_tokens)
 
 
 def _names(block_ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(block & _ID_MASK for block in block_ids)
+    return tuple(block & ID_MASK for block in block_ids)
 
 
 def _no_drift(change: DriftChange) -> None:
