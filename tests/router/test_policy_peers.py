@@ -95,6 +95,12 @@ TABLE = [
     ("llm-d", {"matched": [0, 670], "num_in_flight": [0, 100]}, {1}),
     ("llm-d", {"matched": [0, 10], "num_in_flight": [5, 5]}, {1}),
     ("llm-d", {"matched": [0, 0], "num_in_flight": [0, 9], "num_decoding": [0, 9]}, {0, 1}),
+    # Streams of other routers are running, not waiting, and no reason to go there.
+    (
+        "llm-d",
+        {"matched": [0, 0], "num_in_flight": [1, 1], "num_decoding": [0, 9], "num_others": [0, 9]},
+        {0, 1},
+    ),
     ("llm-d", {"matched": [0, 500], "kv_usage": [0.0, 0.76]}, {0}),
     ("llm-d", {"matched": [0, 500], "kv_usage": [0.0, 0.74]}, {1}),
     # AIBrix: loads 0 and 2 have mean 1 and deviation 1: 2 is just not too busy.

@@ -3,7 +3,8 @@
     score_i = 2 * (max - q_i) / (max - min)  +  2 * (1 - kv_i)  +  3 * matched_i / prompt
     the largest score wins, ties at random;   the first term is 2 for all where max = min
 
-q_i is requests waiting: placed there and without a first token yet. kv_i is the share of KV in use.
+q_i is requests waiting: placed there by this router and without a first token yet. kv_i is the
+share of KV in use.
 
 Source: llm-d (2026-06) scheduler and scorers (scorer/queuedepth/queue.go) in their usual weights.
 Theirs scrapes queue and KV every 50 ms; here the queue is counted at decision time. Its weakness
@@ -31,7 +32,7 @@ class WeightedScorers:
 
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
         """See the module; O(candidates)."""
-        queues = [c.num_in_flight - c.num_decoding for c in candidates]
+        queues = [c.num_in_flight + c.num_others - c.num_decoding for c in candidates]
         least, most = min(queues), max(queues)
         costs = []
         for queue, c in zip(queues, candidates, strict=True):
