@@ -22,9 +22,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]]:
     folder = tmp_path_factory.mktemp("tiny")
     save_talking(folder)
     with (
-        served_replica(2048, str(folder)) as one,
-        served_replica(2048, str(folder)) as two,
-        served_replica(1024, str(folder)) as three,
+        served_replica(2048, str(folder), threads=1) as one,
+        served_replica(2048, str(folder), threads=1) as two,
+        served_replica(1024, str(folder), threads=1) as three,
     ):
         yield [one, two, three]
 

@@ -11,16 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import openai
 from aiohttp.web import TCPSite
 
 from roost_engine.frontend import Frontend
 from roost_engine.serve import ServeConfig, build_replica
 from roost_engine.server import build_app, build_runner
+
+if TYPE_CHECKING:
+    import openai
 
 KV_TOKENS = 4096
 MODEL = "smol"
@@ -34,7 +37,13 @@ class Replica:
         self._loop = loop
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.sdk = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    @cached_property
+    def sdk(self) -> openai.OpenAI:
+        """A client of the SDK, which takes a second to import: only where it is asked for."""
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def chat(self, text: str, **options: Any) -> Any:
         messages: Any = [{"role": "user", "content": text}]
@@ -94,7 +103,10 @@ class Replica:
 
 @contextmanager
 def served_replica(
-    kv_tokens: int = KV_TOKENS, model: str = "smollm2", max_running: int = 8
+    kv_tokens: int = KV_TOKENS,
+    model: str = "smollm2",
+    max_running: int = 8,
+    threads: int | None = None,
 ) -> Iterator[Replica]:
     """SmolLM2, or a model in a folder, with a small cache; one for each test module."""
     config = ServeConfig(
@@ -104,6 +116,7 @@ def served_replica(
         max_model_len=min(2048, kv_tokens),
         max_step_tokens=256,
         max_running=max_running,
+        threads=threads,
     )
     frontend = build_replica(config).frontend
     loop = asyncio.new_event_loop()
@@ -130,7 +143,8 @@ def served_replica(
     try:
         yield served
     finally:
-        served.sdk.close()
+        if "sdk" in vars(served):
+            served.sdk.close()
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
