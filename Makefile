@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 .PHONY: help run setup setup-dev test check lint imports types unit compiled unit-compiled model e2e simulation soak edge fuzz bench docs fmt dist clean
 export PYTHONSAFEPATH := 1
+# Without its cache pytest rewrites every assertion again, in each of its processes.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 SETUP := deploy/setup.sh deploy/model.txt pyproject.toml constraints.txt
 TESTS := $(BIN)/python -m pytest -q

@@ -68,6 +68,7 @@ def test_a_python_without_venv_is_told_apart(copy):
     assert not (copy / ".venv").exists()
 
 
+@pytest.mark.e2e  # makes an environment, with its own pip
 def test_a_download_that_fails_says_what_to_do(copy):
     result = run_setup(copy, PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX="1")
 

@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-import openai
 import pytest
 from processes import Cluster, make_client, metric, start_engine, start_router, until
 
@@ -192,6 +191,8 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("change", "status", "code", "param"), BAD_INPUT)
 def test_bad_input_is_refused_with_an_openai_error(cluster, change, status, code, param):
+    import openai
+
     body = {"model": cluster.model, "messages": [{"role": "user", "content": "hi"}], **change}
 
     with pytest.raises(openai.APIStatusError) as caught:

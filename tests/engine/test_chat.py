@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from roost_engine.chat import ChatTemplate, ChatTemplateError
 
@@ -69,6 +68,8 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 @pytest.mark.parametrize("template", [CHATML, ELABORATE, GENERATION])
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_renders_what_transformers_renders(template: str, messages: list[dict[str, Any]]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
     hf = PreTrainedTokenizerFast(tokenizer_object=HfTokenizer(BPE()), **SPECIAL_TOKENS)
 
     actual = ChatTemplate(template, SPECIAL_TOKENS).render(messages)
@@ -96,6 +97,8 @@ WITH_TOOLS = """{% if tools %}<tools>{{ tools | tojson }}</tools>
 
 @pytest.mark.parametrize("tools", [[], TOOLS])
 def test_tools_and_variables_are_rendered_as_transformers_does(tools: list[dict[str, Any]]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
     hf = PreTrainedTokenizerFast(tokenizer_object=HfTokenizer(BPE()), **SPECIAL_TOKENS)
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": "ü"}}}
     messages: list[dict[str, Any]] = [

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from msgspec import structs
 from tiny_models import TINY_MODELS, VOCAB, hf_model, load_saved
-from transformers import PreTrainedModel
 
 from roost_engine.batch import Chunk
 from roost_engine.config import CacheConfig
 from roost_engine.loader import LoadedModel
 from roost_engine.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from roost_engine.config import ModelConfig
 from roost_engine.loader import LoadedModel, ModelFileError, load_model
@@ -32,6 +31,8 @@ LLAMA3 = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny model as transformers writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     path = tmp_path / "tiny-llama"
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -12,16 +12,18 @@ import hashlib
 import random
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from roost_engine.batch import Chunk
 from roost_engine.config import CacheConfig, ModelConfig
 from roost_engine.loader import LoadedModel, load_model
 from roost_engine.runner import ModelRunner
+
+if TYPE_CHECKING:  # imported where they are used: that takes seconds
+    from transformers import Gemma3ForCausalLM, Qwen2ForCausalLM
 
 pytestmark = pytest.mark.model
 
@@ -115,12 +117,16 @@ def _common(config: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen2(config: ModelConfig) -> Qwen2ForCausalLM:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     rope = {"rope_theta": 1e6, "rope_type": "default"}
     return Qwen2ForCausalLM(Qwen2Config(**_common(config), rope_parameters=rope))
 
 
 def _gemma3(config: ModelConfig) -> Gemma3ForCausalLM:
     """The 270M model, with transformers' defaults for what the file does not say."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
     settings = _common(config) | {"sliding_window": 512, "head_dim": 256}
     return Gemma3ForCausalLM(Gemma3TextConfig(**settings))
 

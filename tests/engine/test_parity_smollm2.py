@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from roost_engine.batch import Chunk
 from roost_engine.chat import ChatTemplate
@@ -20,6 +19,9 @@ from roost_engine.config import CacheConfig, ModelConfig
 from roost_engine.loader import LoadedModel, load_model
 from roost_engine.loader.load import resolve
 from roost_engine.runner import ModelRunner
+
+if TYPE_CHECKING:  # imported where they are used: that takes seconds
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.model
 
@@ -78,6 +80,8 @@ def weights(model: LoadedModel) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def hf_model(model: LoadedModel, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
     """transformers' Llama on our weights, which test_weights_... shows to be its own."""
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
         hf = LlamaForCausalLM(_hf_config(model.config))
     missing, unexpected = hf.load_state_dict(weights, strict=False, assign=True)
@@ -120,6 +124,9 @@ def free_blocks() -> Iterator[int]:
 def test_weights_are_bit_identical_to_transformers_own_gguf_loading(
     model: LoadedModel, weights: dict[str, torch.Tensor]
 ) -> None:
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     with torch.device("meta"):
         empty = LlamaForCausalLM(_hf_config(model.config))
 
@@ -243,6 +250,8 @@ def _generate(runner: ModelRunner, request: Request, free_blocks: Iterator[int])
 
 
 def _generate_hf(hf: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[int]]:
+    from transformers import GenerationConfig
+
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     padded = [[0] * num + prompt for num, prompt in zip(padding, prompts, strict=True)]
@@ -259,6 +268,8 @@ def _generate_hf(hf: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[in
 
 
 def _hf_config(config: ModelConfig) -> LlamaConfig:
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

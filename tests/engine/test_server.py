@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 from served import KV_TOKENS, MODEL, Replica, served_replica
 
@@ -274,6 +273,8 @@ def test_http_errors_are_json_errors(
 
 
 def test_the_sdk_raises_its_own_errors(replica: Replica) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError):
         replica.chat("hi", model="other")
     with pytest.raises(openai.BadRequestError, match="prediction"):
@@ -289,6 +290,8 @@ def test_models_are_listed(replica: Replica) -> None:
 
 
 def test_embeddings_are_refused_in_openais_shape(replica: Replica) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="no embeddings") as refused:
         replica.sdk.embeddings.create(model=MODEL, input="hi")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Literal
 
-import openai
 import pytest
 from pydantic import BaseModel, TypeAdapter, conint, conlist, constr
 from served import Replica, served_replica
@@ -195,6 +194,8 @@ def test_a_grammar_of_llama_cpps_kind(replica: Replica) -> None:
 
 
 def test_what_cannot_be_enforced_is_refused_with_its_name(replica: Replica) -> None:
+    import openai
+
     schema = {"type": "object", "properties": {"a": {"type": "strnig"}}}
     with pytest.raises(openai.BadRequestError, match="strnig") as refused:
         replica.chat(

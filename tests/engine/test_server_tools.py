@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 from served import Replica, served_replica
 
@@ -157,6 +156,8 @@ def test_a_conversation_with_calls_and_results_goes_on(replica: Replica) -> None
 
 
 def test_tools_that_cannot_be_enforced_are_refused(replica: Replica) -> None:
+    import openai
+
     function = {"name": "f", "strict": True, "parameters": {"type": "object", "foo$": {}}}
     function["parameters"] = {"type": "object", "properties": {"a": {"type": "strnig"}}}
     with pytest.raises(openai.BadRequestError, match="strnig") as refused:

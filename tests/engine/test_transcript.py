@@ -160,7 +160,7 @@ def test_how_tokens_are_cut_into_deltas_changes_nothing(case: Case, ends: list[i
     assert expected.end is not None or not case.token_ids
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(cases(), places, places, st.integers(0, 24), st.booleans())
 def test_an_answer_goes_on_where_it_was_left(
     case: Case, first_ends: list[int], then_ends: list[int], cut: int, has_grammar: bool

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roost_kernels.rope import apply_rope, apply_rope_reference, build_rope_table
 from roost_kernels.rope_scaling import llama3_divisors
@@ -43,6 +41,9 @@ def test_divided_frequencies_equal_the_reference() -> None:
 
 
 def test_llama3_divisors_equal_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope = {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
     config = LlamaConfig(

@@ -22,6 +22,8 @@ from processes import Process
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 StartWorkers = Callable[..., Awaitable["Workers"]]
 
+pytestmark = pytest.mark.e2e
+
 
 class Workers:
     """A supervisor, ready."""

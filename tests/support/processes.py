@@ -13,8 +13,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import openai
+if TYPE_CHECKING:
+    import openai
 
 
 class Process:
@@ -122,4 +124,6 @@ class Cluster:
 
 def make_client(url: str) -> openai.OpenAI:
     """An SDK client that never retries: every failure is seen."""
+    import openai  # takes a second: not where tests are only collected
+
     return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)

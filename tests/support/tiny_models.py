@@ -1,10 +1,13 @@
-"""Tiny random models of each family, made by transformers and saved as folders."""
+"""Tiny random models of each family, made by transformers and saved as folders.
+
+Its classes take seconds to import, so they are when the first model is made.
+"""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -12,19 +15,6 @@ import torch
 from gguf.quants import quantize
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from roost_engine.chat import ChatTemplate
 from roost_engine.loader import LoadedModel
@@ -32,6 +22,9 @@ from roost_engine.loader.hf_folder import read_checkpoint
 from roost_engine.loader.stored import QUANT_TYPES, Encoding, StoredTensor
 from roost_engine.token_bytes import byte_of_character
 from roost_engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCAB = 97
 
@@ -65,28 +58,28 @@ _GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 
-#: Name of a tiny model -> its class, its configuration's class and what makes it different.
-TINY_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, _ROPE | {"tie_word_embeddings": True}),
-    "llama, one to one, untied": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
+#: Name of a tiny model -> names of its class and its configuration's, and what makes it different.
+TINY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _ROPE | {"tie_word_embeddings": True}),
+    "llama, one to one, untied": ("LlamaForCausalLM", "LlamaConfig", {"num_key_value_heads": 4}),
     "llama, one kv head, wide": (
-        LlamaForCausalLM,
-        LlamaConfig,
+        "LlamaForCausalLM",
+        "LlamaConfig",
         {"num_key_value_heads": 1, "head_dim": 24},
     ),
-    "llama3 rotary": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LLAMA3}),
-    "linear rotary": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LINEAR}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 9}),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, _ROPE),
+    "llama3 rotary": ("LlamaForCausalLM", "LlamaConfig", {"rope_parameters": _LLAMA3}),
+    "linear rotary": ("LlamaForCausalLM", "LlamaConfig", {"rope_parameters": _LINEAR}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 9}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _ROPE),
     "qwen2, sliding": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 24, "tie_word_embeddings": True}),
     "gemma3": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
         {
             "head_dim": 24,
             "num_hidden_layers": 7,
@@ -100,9 +93,12 @@ TINY_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 def hf_model(name: str, **changes: Any) -> PreTrainedModel:
     """A tiny model in float32 with weights that are the same each time."""
+    import transformers
+
     torch.manual_seed(0)
     model_class, config_class, settings = TINY_MODELS[name]
-    model: PreTrainedModel = model_class(config_class(**(_COMMON | settings | changes))).eval()
+    config = getattr(transformers, config_class)(**(_COMMON | settings | changes))
+    model: PreTrainedModel = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         # transformers starts biases at 0 and norms at 1 (Gemma's at 0): then they would not show.
         for parameter_name, parameter in model.named_parameters():
