@@ -26,7 +26,7 @@ Severity = Literal["error", "warning", "note"]
 MIN_ANSWERS: Final = 10
 #: Tokens expected from a cache before none at all says something.
 MIN_MATCHED_TOKENS: Final = 10_000
-#: A replica so many times slower than the usual one of its model is unlike them.
+#: A replica so many times slower than the others of its model is unlike them.
 UNLIKE: Final = 2.0
 #: Seconds that clocks of machines may part.
 MAX_CLOCK_S: Final = 5.0
@@ -160,16 +160,20 @@ def _untold(row: ReplicaRow) -> Iterator[Finding]:
 
 
 def _unlike(row: ReplicaRow, rows: Sequence[ReplicaRow]) -> Iterator[Finding]:
-    """Much slower than the usual one that serves the same models."""
-    likes = [other for other in rows if other.state == "up" and other.models == row.models]
-    if len(likes) < 2:
+    """Much slower than the others that serve the same models usually are."""
+    others = [
+        other
+        for other in rows
+        if other is not row and other.state == "up" and other.models == row.models
+    ]
+    if not others:
         return
-    usual = median(other.prefill_tokens_per_s for other in likes)
+    usual = median(other.prefill_tokens_per_s for other in others)
     if row.prefill_tokens_per_s * UNLIKE < usual:
         what = f"computes {row.prefill_tokens_per_s:,.0f} prompt tokens/s, others {usual:,.0f}"
         yield Finding("note", row.name, what, "expected of a smaller GPU; else see what shares it")
-    gaps = [other.token_gap_s for other in likes if other.token_gap_s is not None]
-    if row.token_gap_s is not None and row.token_gap_s > UNLIKE * median(gaps):
+    gaps = [other.token_gap_s for other in others if other.token_gap_s is not None]
+    if row.token_gap_s is not None and gaps and row.token_gap_s > UNLIKE * median(gaps):
         ms, usual_ms = row.token_gap_s * 1e3, median(gaps) * 1e3
         what = f"streams a token every {ms:.1f} ms, others every {usual_ms:.1f} ms"
         yield Finding("note", row.name, what, "expected of a smaller GPU; else see what shares it")

@@ -145,6 +145,15 @@ def test_a_cache_that_never_hits_where_it_should_is_an_error(matched, cached, nu
     assert all("--enable-prefix-caching" in finding.cure for finding in found)
 
 
+def test_of_two_replicas_the_slow_one_is_unlike_the_other():
+    edge, other = 1000.0 / UNLIKE, row("r1")
+
+    assert find([row(prefill_tokens_per_s=edge, token_gap_s=0.01 * UNLIKE), other], UNIX_S) == []
+    assert "others 1,000" in one(row(prefill_tokens_per_s=edge - 1), other).what
+    assert "others every 10.0 ms" in one(row(token_gap_s=0.0201), other).what
+    assert find([row(token_gap_s=0.0201), row("r1", token_gap_s=None)], UNIX_S) == []
+
+
 def test_speeds_that_are_unlike_are_noted():
     slow = 1000.0 / UNLIKE
     others = [row("r1"), row("r2")]
