@@ -193,6 +193,21 @@ def test_nothing_is_tokenised_while_no_replica_tells_of_blocks():
     assert not knowledge.wants_tokens(text_chain(bytes(4096)))
 
 
+def test_what_is_bound_stays_where_all_replicas_begin_anew():
+    """Until they tell of a block their block sizes are not known; text and tokens are as before."""
+    knowledge, prompt = TokenKnowledge(1 << 24, 1 << 24), Random(11).randbytes(2048)
+    holder = knowledge.index.open_holder()
+    knowledge.index.apply(holder, stored(prompt, 2))
+    learn(knowledge, prompt)
+
+    knowledge.index.retire(holder)
+    knowledge.bind(text_chain(bytes(4096)), {}, [])
+    anew = knowledge.index.open_holder()
+    knowledge.index.apply(anew, stored(prompt, 2))
+
+    assert not knowledge.wants_tokens(text_chain(prompt))
+
+
 def test_of_many_block_sizes_the_first_are_bound_and_memory_is_shared():
     knowledge, rng = TokenKnowledge(1 << 24, 1 << 20), Random(10)
     prompts = [rng.randbytes(8192) for _ in range(300)]

@@ -109,9 +109,11 @@ class TokenKnowledge:
     def _follow_sizes(self) -> None:
         """Bind for the sizes that replicas use now."""
         used = self.block_sizes()
+        if not used:
+            return  # all replicas have begun anew, and will tell the same sizes again
         if len(used) == len(self._bindings) and all(size in self._bindings for size in used):
             return
-        cap = self._cap_bytes // max(1, len(used))
+        cap = self._cap_bytes // len(used)
         old = self._bindings
         self._bindings = {size: old[size] if size in old else Binding(size, cap) for size in used}
         for binding in self._bindings.values():
