@@ -182,6 +182,17 @@ def test_what_only_a_replica_can_tokenise_is_refused_with_the_reason(
     assert found.token_chains == {}
 
 
+def test_a_content_is_not_found_in_what_stands_before_the_messages():
+    tools = [{"type": "function", "function": {"name": "f" * 600}}]
+    sent = body([{"role": "user", "content": "qwen"}], model="qwen", tools=tools)
+    canonical = read_routing_fields(CHAT_PATH, sent).prompt
+
+    known = align(canonical, read_prompt(CHAT_PATH, sent), "tools, qwen")
+
+    assert len(known) >= 2
+    assert set(known) == {0}  # no block reaches as far as the content
+
+
 def test_a_content_that_a_template_leaves_out_ends_what_is_certain():
     template = Template("{% for m in messages %}{{ m.content | trim }}|{% endfor %}", {})
     hidden = Template("{% for m in messages %}[{{ m.content[:2] }}]{% endfor %}", {})

@@ -137,7 +137,8 @@ def _find_contents(
 ) -> list[tuple[int, bytes, int, int]]:
     """(place in `canonical`, bytes, place in `rendered`, characters) of contents, in order."""
     anchors: list[tuple[int, bytes, int, int]] = []
-    at_bytes = at_characters = 0
+    at_bytes = max(0, canonical.find(b"\x1e"))  # before it: model, salt, tools
+    at_characters = 0
     for message in messages:
         content: str = message["content"]
         shown = content.strip()  # templates often trim
