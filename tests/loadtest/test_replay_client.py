@@ -199,6 +199,22 @@ def test_an_answer_is_read_however_it_is_cut(size: int):
     assert answer.usage == Usage(prompt=40, cached=16, output=2)
 
 
+def test_a_token_that_a_large_piece_ends_is_seen():
+    answer, event = Answer(), b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+    answer.feed(event[:30], 1.0)
+    answer.feed(event[30:] + b": comment\n\n" * 400, 2.0)
+
+    assert answer.first_s == 2.0
+
+
+def test_the_excerpt_is_the_end_of_a_long_answer():
+    answer = Answer()
+    answer.feed(b"{" + b" " * 5000 + b"the end}", 1.0)
+
+    assert len(answer.excerpt) == 200
+    assert answer.excerpt.endswith("the end}")
+
+
 def test_an_answer_without_text_has_no_first_token():
     answer = Answer()
     answer.feed(ROLE + STOP + DONE, 1.0)

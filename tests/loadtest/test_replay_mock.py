@@ -205,6 +205,24 @@ def test_events_replayed_are_what_is_resident():
         assert b"".join(token.to_bytes(4, "little") for token in tokens) == b"%016d" % name
 
 
+def test_blocks_that_several_wait_for_are_told_with_their_tokens_each_time():
+    """The first is admitted, done and evicted before the second is."""
+    told: list[dict[str, object]] = []
+    with zmq.Context() as context:
+        cache = ToldCache(2, 4, KvPublisher(context, free_port()))
+        cache.publisher.publish = told.extend  # type: ignore[method-assign]
+        for names, prompt in [([1], b"a" * 16), ([1], b"a" * 16), ([2, 3], b"b" * 32)]:
+            cache.expect(names, prompt)
+        for names in ([1], [2, 3], [1]):
+            assert cache.take(names, 0) == 0
+            cache.free(names, 0)
+        cache.publisher.close()
+
+    stored = [event for event in told if event["type"] == "BlockStored"]
+    assert [event["block_hashes"] for event in stored] == [[1], [2, 3], [1]]
+    assert stored[2]["token_ids"] == stored[0]["token_ids"] == [int.from_bytes(b"aaaa", "big")] * 4
+
+
 def test_a_told_cache_decides_as_any_other():
     port = free_port()
     with zmq.Context() as context:

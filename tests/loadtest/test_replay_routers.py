@@ -39,6 +39,15 @@ def test_a_router_that_is_not_here_is_left_out_with_a_line(tmp_path: Path):
     assert missing == ["smg:cache_aware is left out: smg is not installed, and no path was given"]
 
 
+def test_none_of_the_routers_is_an_error_that_says_which():
+    with pytest.raises(ValueError, match="smg:random is left out: smg is not installed"):
+        choose(["smg:random"], {"smg": None})
+
+
+def test_rounds_in_which_nobody_is_left_are_empty():
+    assert turned([], 3) == []
+
+
 @pytest.mark.parametrize("label", ["apache", "nginx:ip_hash"])
 def test_an_unknown_name_is_refused(label: str):
     with pytest.raises(ValueError, match="nginx"):

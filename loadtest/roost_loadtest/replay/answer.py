@@ -35,8 +35,8 @@ class Answer:
         self._tail = b""
 
     def feed(self, data: bytes, now: float) -> None:
-        """The next piece of the body, cut anywhere. O(its bytes) until the first token."""
-        seen = self._tail + data if len(data) < _TAIL_BYTES else data
+        """The next piece of the body, cut anywhere. O(its bytes)."""
+        seen = self._tail + data
         if self.first_s is None and _TOKEN.search(seen):
             self.first_s = now
         self.last_s = now
@@ -55,7 +55,7 @@ class Answer:
     @property
     def excerpt(self) -> str:
         """Its end, or all of a short one, for error messages."""
-        return self._tail[:200].decode(errors="replace")
+        return self._tail[-200:].decode(errors="replace")
 
 
 _COUNTS = [

@@ -45,13 +45,15 @@ class ToldCache(BlockCache):
         super().__init__(capacity_blocks, self._evicted.extend)
         self._block_tokens = block_tokens
         self.publisher = publisher
-        self._texts: dict[int, memoryview] = {}  # of blocks whose requests wait
+        self._texts: dict[int, memoryview] = {}  # of blocks whose requests wait ...
+        self._num_waiting: dict[int, int] = {}  # ... and how many of them
 
     def expect(self, names: Sequence[int], prompt: bytes) -> None:
         """A request with these blocks comes; four bytes of its prompt are a token."""
         size, text = self._block_tokens * 4, memoryview(prompt)
         for place, name in enumerate(names):
             self._texts[name] = text[place * size : (place + 1) * size]
+            self._num_waiting[name] = self._num_waiting.get(name, 0) + 1
 
     def take(self, block_ids: Sequence[int], num_private: int) -> int | None:
         """See BlockCache."""
@@ -59,7 +61,7 @@ class ToldCache(BlockCache):
         if matched is None:
             return None
         events: list[dict[str, object]] = []
-        texts = [self._texts.pop(name, None) for name in block_ids]
+        texts = [self._text(name) for name in block_ids]
         if matched < len(block_ids):
             new = block_ids[matched:]
             events.append(
@@ -67,9 +69,7 @@ class ToldCache(BlockCache):
                     "type": "BlockStored",
                     "block_hashes": list(new),
                     "parent_block_hash": block_ids[matched - 1] if matched else None,
-                    "token_ids": [
-                        token for text in texts[matched:] if text for token in text.cast("I")
-                    ],
+                    "token_ids": [token for text in texts[matched:] for token in text.cast("I")],
                     "block_size": self._block_tokens,
                     "lora_id": None,
                     "medium": "GPU",
@@ -83,3 +83,11 @@ class ToldCache(BlockCache):
         if events:
             self.publisher.publish(events)
         return matched
+
+    def _text(self, name: int) -> memoryview:
+        """Of a block of a request that waited; forgotten with the last of them."""
+        self._num_waiting[name] -= 1
+        if self._num_waiting[name]:
+            return self._texts[name]
+        del self._num_waiting[name]
+        return self._texts.pop(name)

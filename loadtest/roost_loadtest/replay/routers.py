@@ -71,7 +71,8 @@ def choose(
 ) -> tuple[list[Choice], list[str]]:
     """The routers that are here, and a line for each that is not.
 
-    ValueError for a name that is no router's, or a balancing that nginx does not have.
+    ValueError for a name that is no router's, a balancing that nginx does not have, or where none
+    is here.
     """
     others = {name: path for name, path in programs.items() if name != DYNAMO}
     found = {kind.name: kind for kind in fault_routers.find_peers(others)}
@@ -89,12 +90,14 @@ def choose(
             choices.append(Choice(label, found[name], policy))
         else:
             missing.append(f"{label} is left out: {name} is not installed, and no path was given")
+    if not choices:
+        raise ValueError("; ".join(missing) or "name a router")
     return choices, missing
 
 
 def turned(items: Sequence[Choice], number: int) -> list[Choice]:
     """Another begins in each round."""
-    start = number % len(items)
+    start = number % max(1, len(items))
     return [*items[start:], *items[:start]]
 
 
