@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from roost_wire.llama_cpp import LLAMA_CPP
+
 if TYPE_CHECKING:
     from roost_router.fleet_page import ReplicaRow
 
@@ -123,7 +125,7 @@ def _unreported(row: ReplicaRow) -> Iterator[Finding]:
     if report.num_running is None and row.kv_capacity_tokens is None:
         what = "no usable /metrics page: its queue, KV use, capacity and restarts are unknown"
         yield Finding("warning", row.name, what, _cure(_METRICS, row))
-    elif row.kv_capacity_tokens is None:
+    elif row.kv_capacity_tokens is None and row.dialect != LLAMA_CPP:  # that never tells
         what = "its KV capacity is unknown: the router assumes 262,144 tokens"
         yield Finding("warning", row.name, what, _cure(_METRICS, row))
     if told.num_answers < MIN_ANSWERS:

@@ -51,6 +51,8 @@ def start_page(
             findings.append(_not_followed(row))
         elif row.state == "up" and found.kv_events == "none" and not follows_events:
             findings.append(no_kv_events(row))
+        elif found.kv_events == "followed" and no_kv_events(row) in findings:
+            findings.remove(no_kv_events(row))  # the follower has not asked yet
     return StartPage(rows, findings)
 
 

