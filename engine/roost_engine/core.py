@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from roost_engine.kv_teller import KvTeller
     from roost_engine.sampling import Draw, RowEdit
     from roost_engine.scheduler import Scheduler, Step
+    from roost_wire.told_load import ToldLoad
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -171,6 +172,18 @@ class EngineCore:
         """
         on_their_way = sum(isinstance(message, Request) for message in self._inbox)
         return on_their_way + self.scheduler.num_waiting
+
+    @property
+    def load(self) -> ToldLoad:
+        """What is to be done, those on their way to the scheduler included; as `num_waiting`."""
+        on_their_way = [message for message in self._inbox if isinstance(message, Request)]
+        load = self.scheduler.load
+        num_tokens = sum(len(request.token_ids) for request in on_their_way)
+        return msgspec.structs.replace(
+            load,
+            num_waiting=load.num_waiting + len(on_their_way),
+            waiting_tokens=load.waiting_tokens + num_tokens,
+        )
 
     def check_alive(self) -> None:
         """EngineDeadError if a step has raised, also after `stop`."""

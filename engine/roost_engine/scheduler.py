@@ -49,6 +49,7 @@ from roost_engine.pins import Pins
 from roost_engine.request import FinishReason, Request, RequestState
 from roost_engine.sharing import PrefixSharing
 from roost_engine.waiting import Place, WaitingLine
+from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,6 +142,21 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests with blocks."""
         return len(self._running)
+
+    @property
+    def load(self) -> ToldLoad:
+        """What is to be done and what memory is in use, as told to routers. O(1).
+
+        May be read from another thread: the numbers may then be a step apart.
+        """
+        pool = self.pool
+        return ToldLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            used_tokens=(pool.num_blocks - pool.num_free) * pool.block_size,
+            capacity_tokens=pool.num_blocks * pool.block_size,
+            waiting_tokens=self._waiting.num_tokens,
+        )
 
     @property
     def running(self) -> Sequence[Request]:
@@ -289,6 +305,8 @@ class Scheduler:
         for line in (list(self._waiting), self._running):
             places = [self._places[request.id] for request in line]
             assert places == sorted(places), "a line is out of order"
+        num_waiting_tokens = sum(len(request.token_ids) for request in self._waiting)
+        assert self._waiting.num_tokens == num_waiting_tokens
         for request in self._waiting:
             assert request.state is RequestState.WAITING, request
             assert not request.block_table, request

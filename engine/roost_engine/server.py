@@ -12,6 +12,7 @@ not send requests here.
 The head of a stream is sent with its first token: an error before that is a proper HTTP error,
 and the head can tell how much of the prompt was cached (roost_wire.headers). An error after it,
 also one nobody thought of, is one event with an `error` object, no [DONE], and no second head.
+Every answer to a generation request, a refusal too, tells the load as it is then (headers.LOAD).
 
 `x-request-timeout-s: 2.5` is a deadline: a request that still waits then is refused (429). One
 that is being computed goes on; a client that has given up closes its connection. 429 and 503 tell
@@ -48,6 +49,7 @@ import msgspec
 from aiohttp import web
 
 from roost_engine.api_errors import ApiError, error_body
+from roost_engine.core import EngineCore
 from roost_engine.engine_errors import DeadlineError, EngineBusyError, EngineError, LogitsError
 from roost_engine.openai_api import parse_chat, parse_completion
 from roost_engine.responses import DONE, Answer, Choice, model_list, model_object, sse_event
@@ -70,6 +72,7 @@ _GIVEN_REQUEST_ID: Final = re.compile(headers.REQUEST_ID_PATTERN)
 # Seconds, less than twelve days; no sign, no exponent, no "inf".
 _TIMEOUT: Final = re.compile(r"\d{1,6}(\.\d{1,6})?", re.ASCII)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
+_CORE: Final = web.RequestKey("core", EngineCore)  # whose load the answer's head tells
 _IS_HEAD_SENT: Final = web.RequestKey("is_head_sent", bool)
 _DEFECT: Final = "Internal error of the replica."
 _METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -173,6 +176,7 @@ class _Endpoints:
         return _json(self._kv_sources)
 
     async def _generate(self, request: web.Request, asked: ApiRequest) -> web.StreamResponse:
+        request[_CORE] = self._frontend.core
         # The id inside the engine is our own: clients may send one id twice.
         internal_id = uuid.uuid4().hex
         generations = await self._frontend.start(asked, internal_id, _timeout_s(request))
@@ -298,6 +302,9 @@ async def _on_head(request: web.Request, response: web.StreamResponse) -> None:
     request_id = request.get(_REQUEST_ID)
     if request_id is not None:
         response.headers[headers.REQUEST_ID] = request_id
+    core = request.get(_CORE)
+    if core is not None:
+        response.headers[headers.LOAD] = core.load.header()
 
 
 @web.middleware

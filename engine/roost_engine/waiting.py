@@ -33,6 +33,8 @@ class WaitingLine:
         self._requests: list[Request] = []
         self._impatient: dict[Place, Request] = {}  # of those in line, who have a deadline
         self._deadlines: list[tuple[float, Place]] = []  # heap; also of some that left the line
+        #: Of all in line; nothing of a waiting request is computed, whatever is cached.
+        self.num_tokens = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -45,6 +47,7 @@ class WaitingLine:
         index = bisect_left(self._places, place)
         self._places.insert(index, place)
         self._requests.insert(index, request)
+        self.num_tokens += len(request.token_ids)
         has_produced = len(request.token_ids) > request.num_given_tokens
         if request.deadline_s is not None and not has_produced:
             self._impatient[place] = request
@@ -54,6 +57,7 @@ class WaitingLine:
         """Take out the request at this place, which is in line."""
         index = bisect_left(self._places, place)
         assert self._places[index] == place
+        self.num_tokens -= len(self._requests[index].token_ids)
         del self._places[index], self._requests[index]
         self._impatient.pop(place, None)
 

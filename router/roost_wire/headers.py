@@ -1,8 +1,9 @@
 """Header names that router and replicas exchange, lower case as they stand on the wire.
 
-A replica that knows them may send PROMPT_TOKENS and CACHED_TOKENS with the head of its
+A replica that knows them may send PROMPT_TOKENS, CACHED_TOKENS and LOAD with the head of its
 answer: the router then learns what the cache held when the first token leaves, not when the
-stream ends. The router adds REPLICA and MATCHED_TOKENS, and CACHED_TOKENS where it can.
+stream ends, and what else is going on there, without asking. The router adds REPLICA and
+MATCHED_TOKENS, and CACHED_TOKENS where it can.
 """
 
 REQUEST_ID = "x-request-id"
@@ -17,6 +18,8 @@ MATCHED_TOKENS = "x-roost-matched-tokens"
 CACHED_TOKENS = "x-roost-cached-tokens"
 #: Tokens of the prompt, as the replica counted them.
 PROMPT_TOKENS = "x-roost-prompt-tokens"
+#: What the replica has to do: told_load.py. It ends at the router.
+LOAD = "x-roost-load"
 #: How many replicas were tried for this request; 1 is the usual case.
 ATTEMPTS = "x-roost-attempts"
 

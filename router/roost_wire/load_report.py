@@ -1,4 +1,4 @@
-"""What a replica reports about itself, read from its Prometheus page.
+"""What a replica reports about itself: on its Prometheus page, or unasked (told_load.py).
 
 Only the few lines that routing needs are looked at: parsing a whole vLLM page with a general
 parser costs about 10 ms, and the router reads one page a second of every replica. Pure.
@@ -6,12 +6,15 @@ parser costs about 10 ms, and the router reads one page a second of every replic
 Missing metrics are None: a server that is not vLLM-like still gets routed to, with less known.
 """
 
+from __future__ import annotations
+
 import re
 from math import isfinite
 
 import msgspec
 
 from roost_wire import vllm_metrics as names
+from roost_wire.told_load import ToldLoad
 
 _SAMPLE = re.compile(
     r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>[-+.\w]+)", re.MULTILINE
@@ -51,6 +54,20 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_capacity_tokens: int | None = None  # of all its KV blocks
     max_running: int | None = None  # requests; more than that wait in it
     started_at: float | None = None  # Unix seconds; another value means another process
+    #: Of the requests that wait, whatever is cached of them. Only our engine tells.
+    waiting_tokens: int | None = None
+
+    def with_load(self, load: ToldLoad) -> LoadReport:
+        """The report as of `load`; what that does not tell stays."""
+        capacity = load.capacity_tokens
+        return LoadReport(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            kv_usage=min(1.0, load.used_tokens / capacity) if capacity else None,
+            kv_capacity_tokens=capacity or None,
+            started_at=self.started_at,
+            waiting_tokens=load.waiting_tokens,
+        )
 
 
 def parse_load_report(page: str) -> LoadReport:

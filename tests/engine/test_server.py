@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from served import KV_TOKENS, MODEL, Replica, served_replica
 
+from roost_wire.told_load import ToldLoad, read_header
+
 pytestmark = pytest.mark.model
 
 
@@ -93,6 +95,25 @@ def test_the_head_tells_what_was_cached(replica: Replica) -> None:
         assert status == 200
         prompt_tokens = int(headers["x-roost-prompt-tokens"])
         assert int(headers["x-roost-cached-tokens"]) == (prompt_tokens - 1) // 16 * 16
+
+
+def test_the_head_tells_the_load_as_it_is_then(replica: Replica) -> None:
+    """A stream's own request is part of it; one whose answer is whole is not."""
+    replica.until(lambda: replica.frontend.core.num_in_flight == 0)
+    fields = {"model": MODEL, "prompt": "Hello", "max_tokens": 40}
+    loads = []
+    for stream in (True, False):
+        body = json.dumps(fields | {"stream": stream}).encode()
+        _, headers, _ = replica.http("POST", "/v1/completions", body)
+        loads.append(read_header(headers["x-roost-load"].encode()))
+    _, headers, _ = replica.http("GET", "/v1/models")
+
+    running, ended = loads
+    assert running is not None
+    assert (running.num_running, running.num_waiting, running.waiting_tokens) == (1, 0, 0)
+    assert running.used_tokens in {16, 32, 48}
+    assert ended == ToldLoad(0, 0, 0, KV_TOKENS, 0)
+    assert "x-roost-load" not in headers
 
 
 def test_a_stream_on_the_wire_is_events_up_to_done(replica: Replica) -> None:

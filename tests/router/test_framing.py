@@ -33,6 +33,35 @@ async def serve(start_router):
         await replica.stop()
 
 
+async def test_a_load_is_taken_off_the_head_and_counts_at_once(start_router):
+    """Whole answers, also once their head is known by its bytes; streams; refusals."""
+    told = b"x-roost-load: [7,2,512,2048,90]\r\n"
+    stream = SSE_HEAD.replace(b"content-type", told + b"content-type")
+    events = chunk(b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n')
+    events += chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    busy = whole(b"{}", head=told).replace(b"200 OK", b"429 Too Many Requests")
+    replica = await RawReplica(
+        *[[whole(OK, head=told)]] * 4, [stream + events], [busy], [whole(OK)]
+    ).start()
+    router = await start_router(replica, poll_interval_s=3600.0)
+    (seen,) = router.placer.fleet.replicas
+    others = []
+    async with aiohttp.ClientSession() as session:
+        for number in range(7):
+            seen.num_others = -1
+            body = {**BODY, "stream": number == 4}
+            async with session.post(url(router), json=body) as answer:
+                assert (await answer.read()) is not None
+                assert "x-roost-load" not in answer.headers
+            others.append(seen.num_others)
+    await replica.stop()
+
+    # A stream is one of the requests that run; after the others' last byte they are not.
+    assert others == [9, 9, 9, 9, 8, 9, -1]
+    assert (seen.report.num_running, seen.report.num_waiting) == (7, 2)
+    assert seen.report.kv_usage == 0.25
+
+
 def url(router: Any) -> str:
     return "http://{}:{}/v1/chat/completions".format(*router.address)
 

@@ -24,6 +24,7 @@ from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placer
 from roost_router.policy.cost import CostPolicy
 from roost_wire.load_report import LoadReport
+from roost_wire.told_load import ToldLoad
 
 SALTS = [salt(f"http://replica-{number}:8000") for number in range(8)]
 
@@ -100,6 +101,32 @@ def make_placer(urls: list[str], seed: int, num_running: int = MIN_OTHERS + 1) -
     for replica in fleet.replicas:
         fleet.answered(replica, ["m"], LoadReport(num_running=num_running))
     return Placer(index, fleet, CostPolicy, Random(seed))
+
+
+def test_a_told_load_counts_others_as_a_poll_does_but_does_not_prove_them():
+    """It comes with each answer: what overtakes it once in a while is taken for others there."""
+    index = PrefixIndex()
+    fleet = Fleet(index, ["http://r"])
+    (replica,) = fleet.replicas
+    fleet.answered(replica, ["m"], LoadReport(num_running=1, started_at=5.0))
+    placer = Placer(index, fleet, CostPolicy, Random(1))
+    placement = placer.place(RoutingFields("m", stream=True, prompt=b"x" * 900), 0.0)
+
+    fleet.load_told(replica, ToldLoad(MIN_OTHERS + 2, 1, 512, 2048, 90))
+    assert replica.num_others == MIN_OTHERS + 2  # one of the requests is ours
+    assert not fleet.others_seen
+    assert replica.report.waiting_tokens == 90
+    assert replica.report.started_at == 5.0
+    (candidate,) = placer.weigh(placement.fields, 0.1).candidates
+    assert (candidate.num_others, candidate.kv_usage) == (MIN_OTHERS + 2, 0.25)
+
+    fleet.load_told(replica, ToldLoad(1, 0, 0, 2048, 0), num_ended=1)
+    assert replica.num_others == 1  # ours is over there
+    fleet.load_told(replica, ToldLoad(0, 0, 0, 2048, 0))
+    assert replica.num_others == 0
+    placer.finish(placement, 0.2)
+    fleet.answered(replica, ["m"], LoadReport(num_running=MIN_OTHERS + 1))
+    assert fleet.others_seen
 
 
 def test_routers_that_share_nothing_agree():

@@ -47,6 +47,7 @@ with (
     from roost_router.replica_url import ReplicaUrlError, check_replica_url
     from roost_wire.load_report import parse_load_report
     from roost_wire.resume import read_comment
+    from roost_wire.told_load import read_header, read_packed
 
 CHAT = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true,"n":1}'
 TEXT = b'{"model":"m","prompt":[1,2,3],"max_tokens":5,"stop":["a"],"logit_bias":{"1":2}}'
@@ -188,8 +189,10 @@ def api(data: bytes) -> None:
 
 
 def report(data: bytes) -> None:
-    """A replica's metrics, usage and comments."""
+    """A replica's metrics, load, usage and comments."""
     parse_load_report(data.decode("utf-8", "replace"))
+    read_header(data)
+    read_packed(data)
     read_usage(data)
     with contextlib.suppress(ValueError):
         read_comment(b": roost " + data)

@@ -27,6 +27,7 @@ from roost_router.fleet.speed import Prefill
 from roost_router.index.prefix_index import PrefixIndex
 from roost_wire.llama_cpp import LLAMA_CPP
 from roost_wire.load_report import LoadReport
+from roost_wire.told_load import ToldLoad
 
 #: KV capacity assumed of a replica that does not report one.
 DEFAULT_KV_CAPACITY_TOKENS = 262_144
@@ -191,15 +192,24 @@ class Fleet:
         if known and replica.started_at != report.started_at:
             self._new_epoch(replica)
             replica.health = Health()  # another process: what the last one did is past
-        replica.report = report
-        num_reported = (report.num_running or 0) + (report.num_waiting or 0)
-        replica.num_others = max(0, num_reported - replica.num_in_flight)
+        _take_in(replica, report, replica.num_in_flight)
         if replica.num_others > MIN_OTHERS:
             self.others_seen = True
         if report.started_at is not None:  # a page that lacks it once does not unmake it
             replica.started_at = report.started_at
         if report.kv_capacity_tokens is not None:
             replica.kv_capacity_tokens = report.kv_capacity_tokens
+
+    def load_told(self, replica: Replica, load: ToldLoad, num_ended: int = 0) -> None:
+        """`replica` told its load without being asked, which is as good as a poll.
+
+        `num_ended`: of our requests in flight there, those that it counts no more.
+
+        It comes with each answer, and news of ends may overtake it: what is seen once in a thousand
+        times does not prove that there are others.
+        """
+        report = replica.report.with_load(load)
+        _take_in(replica, report, replica.num_in_flight - num_ended)
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
@@ -286,3 +296,10 @@ class Fleet:
         tokens = replica.kv_capacity_tokens or DEFAULT_KV_CAPACITY_TOKENS
         model = replica.models[0] if replica.models else ""
         return int(tokens * self.bytes_per_token(model))
+
+
+def _take_in(replica: Replica, report: LoadReport, num_ours: int) -> None:
+    """What a replica says of itself. `num_ours`: of its requests, those of this router."""
+    replica.report = report
+    num_reported = (report.num_running or 0) + (report.num_waiting or 0)
+    replica.num_others = max(0, num_reported - num_ours)

@@ -55,7 +55,7 @@ class Replica:
         self.adapters: frozenset[str] = frozenset()  # of the models: those that are adapters
         self.kv_capacity_tokens: int | None = None
         self.started_at: float | None = None
-        self.report = LoadReport()  # its own figures, as of the last poll
+        self.report = LoadReport()  # its own figures, as of the last poll or what it told since
         self.num_failed_polls = 0
         self.speed = Speed()
         self.kept = Kept()

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from roost_router.http.service import DataService
     from roost_router.http.serving import Request
     from roost_router.http.upstream import Upstream
+    from roost_wire.told_load import ToldLoad
 
 _Arguments = ParamSpec("_Arguments")
 _log = logging.getLogger(__name__)
@@ -275,6 +276,8 @@ class Exchange:
         assert self._placement is not None
         self._head = head
         self._answer.head(head.status, is_stream=head.is_stream, seed=head.seed)
+        if head.load is not None:
+            self._hear_load(head.load, is_running=head.is_stream)
         if head.status == 200:
             self._learn(head.prompt_tokens, head.cached_tokens)
             if (
@@ -540,6 +543,8 @@ class Exchange:
         placement, service = self._placement, self._service
         assert placement is not None
         usage = self._answer.whole(body)
+        if head.load is not None:
+            self._hear_load(head.load, is_running=False)
         if head.prompt_tokens is not None:
             self._learn(head.prompt_tokens, head.cached_tokens)
         service.placer.first_byte(placement, service.now(), streamed=False)
@@ -574,6 +579,12 @@ class Exchange:
             framing=framing,
             keep_alive=self._keep_alive,
         )
+
+    def _hear_load(self, load: ToldLoad, *, is_running: bool) -> None:
+        """What the leg's replica has to do. `is_running`: this request is part of it."""
+        assert self._placement is not None
+        fleet = self._service.placer.fleet
+        fleet.load_told(self._placement.replica, load, num_ended=0 if is_running else 1)
 
     def _learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
         """What a leg told of the prompt; the first leg's word is the client's."""

@@ -14,6 +14,7 @@ from http import HTTPStatus
 
 from roost_wire import headers as names
 from roost_wire import resume
+from roost_wire.told_load import ToldLoad, read_header
 
 #: Longest head taken from either side: aiohttp's and nginx's limits are of this order.
 MAX_HEAD_BYTES = 64 * 1024
@@ -43,6 +44,7 @@ MATCHED_TOKENS = names.MATCHED_TOKENS.encode()
 CACHED_TOKENS = names.CACHED_TOKENS.encode()
 PROMPT_TOKENS = names.PROMPT_TOKENS.encode()
 ATTEMPTS = names.ATTEMPTS.encode()
+LOAD = names.LOAD.encode()
 REQUEST_ID = names.REQUEST_ID.encode()
 #: Between the router and a replica of ours (roost_wire/resume.py); they never pass.
 RESUMABLE = resume.RESUMABLE.encode()
@@ -52,7 +54,17 @@ REQUEST_TIMEOUT = names.REQUEST_TIMEOUT.encode()
 RETRY_COUNT = b"x-stainless-retry-count"
 #: Set by the router itself; a replica's or client's own value never passes as ours.
 _OURS = frozenset(
-    {REPLICA, MATCHED_TOKENS, CACHED_TOKENS, PROMPT_TOKENS, ATTEMPTS, REQUEST_ID, RESUMABLE, SEED}
+    {
+        REPLICA,
+        MATCHED_TOKENS,
+        CACHED_TOKENS,
+        PROMPT_TOKENS,
+        ATTEMPTS,
+        LOAD,
+        REQUEST_ID,
+        RESUMABLE,
+        SEED,
+    }
 )
 _ENDS_HERE = _HOP_BY_HOP | _OURS
 _REQUEST_ID = re.compile(names.REQUEST_ID_PATTERN.encode())
@@ -130,6 +142,7 @@ class ResponseHead:
         "headers",
         "is_stream",
         "lines",
+        "load",
         "prompt_tokens",
         "seed",
         "status",
@@ -143,6 +156,8 @@ class ResponseHead:
         self.prompt_tokens = _number(get_header(headers, PROMPT_TOKENS), 9)
         self.cached_tokens = _number(get_header(headers, CACHED_TOKENS), 9)
         self.seed = _number(get_header(headers, SEED), 20)
+        load = get_header(headers, LOAD)
+        self.load: ToldLoad | None = None if load is None else read_header(load)
         self.lines = head_lines(to_client(headers))  # what passes on
 
 
