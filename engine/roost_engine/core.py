@@ -355,6 +355,8 @@ class EngineCore:
         step = self.scheduler.schedule()
         # An empty step changes nothing, so it would be followed by empty steps for ever.
         assert step.scheduled, f"no step for {self.scheduler!r}, which has work"
+        if self._kv_teller is not None and self._kv_teller.is_load_news(self.scheduler):
+            self._tell_kv()  # before the step, which may take long
         if step.copies:
             assert self._copy_blocks is not None, "a host tier needs somebody who copies"
             self._copy_blocks(step.copies)
@@ -378,8 +380,9 @@ class EngineCore:
             self._call_loop(self._deliver, sampled)
 
     def _tell_kv(self) -> None:
+        """Hand to the event loop what is due."""
         if self._kv_teller is not None:
-            for listener, batch in self._kv_teller.due(self.scheduler.pool, time.monotonic()):
+            for listener, batch in self._kv_teller.due(self.scheduler, time.monotonic()):
                 self._call_loop(listener, batch)
 
     def _compute(self, step: Step) -> npt.NDArray[np.float32] | None:

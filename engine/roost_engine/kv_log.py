@@ -16,6 +16,7 @@ from roost_wire.kv_events import AllBlocksCleared, KvEvent, KvEventBatch, Tier, 
 
 if TYPE_CHECKING:
     from roost_engine.blocks import BlockPool
+    from roost_wire.told_load import ToldLoad
 
 
 class KvEventLog:
@@ -36,22 +37,22 @@ class KvEventLog:
         """Take an event in; to be given to the pool as `on_event`."""
         self._events.append(event)
 
-    def drain(self, pool: BlockPool) -> KvEventBatch:
+    def drain(self, pool: BlockPool, load: ToldLoad | None = None) -> KvEventBatch:
         """The next batch: all events since the last one. Without events it is a heartbeat."""
         events, self._events = merge_events(self._events), []
         self._num_batches += 1
-        return self._batch(pool, events)
+        return self._batch(pool, load, events)
 
-    def snapshot(self, pool: BlockPool) -> KvEventBatch:
+    def snapshot(self, pool: BlockPool, load: ToldLoad | None = None) -> KvEventBatch:
         """What is resident, as a batch to be read in place of the last one, whose number it has.
 
         O(cached blocks). Something must have been drained, and everything that happened.
         """
         assert self._num_batches, "there is no batch in whose place it could be read"
         assert not self._events, "a snapshot would tell these events twice"
-        return self._batch(pool, [AllBlocksCleared(), *merge_events(pool.snapshot())])
+        return self._batch(pool, load, [AllBlocksCleared(), *merge_events(pool.snapshot())])
 
-    def _batch(self, pool: BlockPool, events: list[KvEvent]) -> KvEventBatch:
+    def _batch(self, pool: BlockPool, load: ToldLoad | None, events: list[KvEvent]) -> KvEventBatch:
         return KvEventBatch(
             rank=0,  # Dynamo drops batches without one
             epoch=self.epoch,
@@ -59,4 +60,5 @@ class KvEventLog:
             events=events,
             device_digest=pool.digest(Tier.DEVICE),
             host_digest=pool.digest(Tier.HOST),
+            load=load,
         )

@@ -145,6 +145,7 @@ class Router:
             authorization,
             time.monotonic,
             lambda name, is_asked: told.report_reuse(name, is_asked=is_asked),
+            on_load=placer.fleet.load_told,
         )
         self.service.metrics.watch_kv(told, tokens, follower)
         return tokens, follower

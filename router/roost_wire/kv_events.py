@@ -17,8 +17,8 @@ beginning of a prompt, it has a parent that is not resident.
 A `KvEventBatch` carries a sequence number that counts batches from 0, or from 1. A gap in it:
 something was lost. Our engine also tells its epoch, a number that changes when the process starts
 anew: all that was known is void. And a digest of each tier, the XOR of the hashes resident after
-the batch's last event, which tells a divergence in O(1). A batch without events is a heartbeat;
-one that begins with AllBlocksCleared a snapshot.
+the batch's last event, which tells a divergence in O(1), and its load. A batch without events is
+a heartbeat; one that begins with AllBlocksCleared a snapshot.
 
 Not here: encodings (kv_dialects/), transport, replay buffers.
 """
@@ -29,6 +29,8 @@ import enum
 from typing import TYPE_CHECKING
 
 import msgspec
+
+from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -83,6 +85,7 @@ class KvEventBatch(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int | None = None  # None: the engine does not tell
     device_digest: int | None = None  # as the epoch
     host_digest: int | None = None  # as the epoch
+    load: ToldLoad | None = None  # of the replica, after the batch; as the epoch
     sent_at: float = 0.0  # Unix seconds by the engine's clock; tells two batches of a number apart
     rank: int | None = None  # data-parallel; None: the engine does not tell
 

@@ -19,6 +19,7 @@ from roost_router.kv.feed import (
     AskReplay,
     DropAll,
     Feed,
+    LoadTold,
     TrustChanged,
 )
 from roost_router.kv.trust import Reason, Trust
@@ -29,6 +30,7 @@ from roost_wire.kv_events import (
     KvEventBatch,
     Tier,
 )
+from roost_wire.told_load import ToldLoad
 
 EXACT = TrustChanged(Trust.EXACT, Reason.NONE)
 
@@ -354,6 +356,34 @@ def test_a_digest_that_does_not_add_up_makes_it_learn_everything_anew():
     )
     assert effects[0] == DropAll()
     assert changes(feed.replay_ended(0.6)) == [(Trust.EXACT, Reason.NONE)]
+
+
+def loads(effects):
+    return [effect.load.num_running for effect in effects if isinstance(effect, LoadTold)]
+
+
+def load(num_running):
+    return {"load": ToldLoad(num_running, 0, 0, 64, 0)}
+
+
+def test_the_newest_load_is_told_on_at_once_and_an_older_one_never():
+    feed = Feed(can_replay=True)
+    feed.start(0.0)
+    told = [
+        (feed.replayed, 0, 1),  # of an answer: it was so once
+        (feed.receive, 3, 2),  # those before it are missing
+        (feed.receive, 2, 3),
+        (feed.receive, 3, 4),
+        (feed.receive, 4, 5),
+    ]
+    heard = [
+        loads(hear(batch(sequence, epoch=1, **load(num_running)), 0.0))
+        for hear, sequence, num_running in told
+    ]
+
+    assert heard == [[], [2], [], [], [5]]
+    assert loads(feed.receive(batch(0, epoch=2, **load(6)), 1.0)) == [6]  # another process
+    assert loads(feed.receive(batch(5, epoch=1, **load(7)), 1.0)) == []
 
 
 @pytest.mark.parametrize("digest", [1, 5])

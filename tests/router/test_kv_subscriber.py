@@ -12,13 +12,17 @@ from resident_set import ResidentSet, fill
 
 from roost_engine import kv_publisher
 from roost_engine.blocks import BlockPool
+from roost_engine.config import SchedulerConfig
 from roost_engine.kv_log import KvEventLog
 from roost_engine.kv_publisher import KvPublisher
 from roost_engine.kv_teller import KvTeller
+from roost_engine.request import Request, SamplingParams
+from roost_engine.scheduler import Scheduler
 from roost_router.kv.source import Dialect, KvSource
 from roost_router.kv.subscriber import Subscriber
 from roost_router.kv.trust import Reason, Trust
 from roost_wire.kv_dialects.vllm import VllmDecoder
+from roost_wire.told_load import ToldLoad
 
 ANY = "tcp://127.0.0.1:*"
 
@@ -34,6 +38,8 @@ class Engine:
     def __init__(self, epoch=1, endpoint=ANY, replay_endpoint=ANY, topic=""):
         log = KvEventLog(epoch)
         self.pool = BlockPool(64, 2, num_host_blocks=16, on_event=log.append)
+        config = SchedulerConfig(max_step_tokens=16, max_running=4, max_model_len=64)
+        self.scheduler = Scheduler(config, self.pool, frozenset())
         self.teller = KvTeller(log)
         self.publisher = KvPublisher(endpoint, replay_endpoint, topic)
         self.teller.on_batch = self.publisher.publish
@@ -53,7 +59,7 @@ class Engine:
         self.beat()
 
     def beat(self):
-        for listener, batch in self.teller.due(self.pool, time.monotonic()):
+        for listener, batch in self.teller.due(self.scheduler, time.monotonic()):
             listener(batch)
 
     def source(self, **changes):
@@ -155,7 +161,10 @@ class Followed:
 
     def __init__(self, context, source):
         self.sink = Sink()
-        self.subscriber = Subscriber(context, source, VllmDecoder(), self.sink, time.monotonic)
+        self.loads = []
+        self.subscriber = Subscriber(
+            context, source, VllmDecoder(), self.sink, time.monotonic, on_load=self.loads.append
+        )
 
     async def until(self, condition, engine=None):
         async with asyncio.timeout(20):
@@ -194,6 +203,19 @@ async def test_a_follower_from_the_start_has_what_the_engine_has(follow, engine)
 
     assert followed.sink.num_events > 40
     assert followed.sink.trusts == [(Trust.EXACT, Reason.NONE)]
+
+
+async def test_the_load_is_passed_on_as_it_is_told(follow, engine):
+    followed = follow(engine.source())
+    await followed.until_trusted()
+    for number in range(2):
+        request = Request(str(number), [number, 2, 3], SamplingParams(max_tokens=4), 0.0)
+        engine.scheduler.add(request)
+        engine.beat()
+    await followed.until(lambda: followed.loads[-1:] == [ToldLoad(0, 2, 0, 128, 6)])
+    engine.scheduler.schedule()
+    engine.beat()
+    await followed.until(lambda: followed.loads[-1:] == [ToldLoad(2, 0, 8, 128, 0)])
 
 
 async def test_a_late_follower_gets_what_is_kept(follow, engine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from roost_wire.kv_events import (
     KvEventBatch,
     Tier,
 )
+from roost_wire.told_load import ToldLoad
 
 VECTORS = {
     name: bytes.fromhex(vector["hex"])
@@ -250,10 +252,50 @@ def test_our_engine_writes_what_vllm_writes():
     assert [list(event) for event in ours[1]] == [list(event) for event in theirs[1]]
 
 
+class _TheirEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """As vllm/distributed/kv_events.py declares them, to read ours as vLLM's own consumers do."""
+
+
+class _TheirStored(_TheirEvent, tag="BlockStored"):
+    block_hashes: list[bytes | int]
+    parent_block_hash: bytes | int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+    extra_keys: list[tuple[Any, ...] | None] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+
+
+class _TheirRemoved(_TheirEvent, tag="BlockRemoved"):
+    block_hashes: list[bytes | int]
+    medium: str | None
+    group_idx: int | None = None
+
+
+class _TheirCleared(_TheirEvent, tag="AllBlocksCleared"):
+    pass
+
+
+class _TheirBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    ts: float
+    events: list[_TheirStored | _TheirRemoved | _TheirCleared]
+    data_parallel_rank: int | None = None
+
+
+@pytest.mark.parametrize("load", [None, ToldLoad(3, 1, 1296, 2048, 512)])
 @pytest.mark.parametrize("events", [[], [stored([2**64 - 1], [1], 1, tier=HOST)]])
-def test_epoch_and_digests_ride_on_a_removal_of_nothing(events):
+def test_epoch_digests_and_load_ride_on_a_removal_of_nothing(events, load):
     batch = KvEventBatch(
-        sequence=3, events=events, epoch=5, device_digest=2**64 - 1, host_digest=0, sent_at=2.0
+        sequence=3,
+        events=events,
+        epoch=5,
+        device_digest=2**64 - 1,
+        host_digest=0,
+        load=load,
+        sent_at=2.0,
     )
     payload = encode_batch(batch)
 
@@ -263,3 +305,17 @@ def test_epoch_and_digests_ride_on_a_removal_of_nothing(events):
     assert sent_at == 2.0
     assert wire_events[-1]["type"] == "BlockRemoved"
     assert wire_events[-1]["block_hashes"] == []
+    theirs = msgspec.msgpack.Decoder(_TheirBatch).decode(payload)
+    assert len(theirs.events) == len(events) + 1
+    assert theirs.events[-1] == _TheirRemoved([], "GPU", 0)
+
+
+@pytest.mark.parametrize("load", [None, 5, "x", [1, 2], [1, 2, 3, 4, -1], {"a": 1}])
+def test_a_load_that_cannot_be_read_costs_nothing_else(load):
+    state = {"type": "BlockRemoved", "block_hashes": [], "medium": "GPU", "roost": [1, 2, 3]}
+    wire = [1.0, [STORED | {"token_ids": [1, 2]}, state | {"roost_load": load}]]
+    batch = VllmDecoder().decode(msgspec.msgpack.encode(wire), 0)
+
+    assert (batch.epoch, batch.device_digest, batch.host_digest) == (1, 2, 3)
+    assert len(batch.events) == 1
+    assert batch.load is None

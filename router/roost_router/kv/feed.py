@@ -35,6 +35,7 @@ from roost_wire.kv_events import (
     KvEventBatch,
     Tier,
 )
+from roost_wire.told_load import ToldLoad
 
 #: Batches that wait for a gap to be filled; more, and the gap is given up.
 MAX_HELD: Final = 1024
@@ -85,7 +86,13 @@ class TrustChanged(msgspec.Struct, frozen=True):
     reason: Reason
 
 
-Effect = Apply | DropAll | AskReplay | TrustChanged
+class LoadTold(msgspec.Struct, frozen=True):
+    """The replica's load, newer than what it told before."""
+
+    load: ToldLoad
+
+
+Effect = Apply | DropAll | AskReplay | TrustChanged | LoadTold
 
 
 class Feed:
@@ -117,6 +124,7 @@ class Feed:
         self._has_probed = True  # since the last batch
         self._num_resyncs = 0
         self._resync_after = 0.0
+        self._load_at = -1  # number of the batch that told the load last
 
     @property
     def trust(self) -> Trust:
@@ -152,6 +160,9 @@ class Feed:
             self._begin_anew()
         self._epoch = batch.epoch
         self._may_have_restarted = False
+        if batch.load is not None and batch.sequence > self._load_at:
+            self._load_at = batch.sequence  # also where batches before it are missing
+            self._effects.append(LoadTold(batch.load))
         self._take(batch.sequence, batch, now)
         self._ask_if_needed(now)
         return self._take_effects()
@@ -359,6 +370,7 @@ class Feed:
         if self._epoch is not None:
             self._dead_epochs.append(self._epoch)
         self._epoch = None
+        self._load_at = -1
         self._drop()
         self._next = None
         self._held.clear()

@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -31,6 +32,7 @@ from roost_router.kv.trust import Reason, Trust
 from roost_wire.kv_dialects.dialect import LeftOut
 from roost_wire.kv_dialects.sglang import SglangDecoder
 from roost_wire.kv_dialects.vllm import VllmDecoder
+from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
     import zmq
@@ -104,11 +106,14 @@ class KvFollower:
         authorization: Callable[[], str | None],
         clock: Callable[[], float],
         on_reseeding: Callable[[str, bool], None] = lambda _name, _is_asked: None,
+        *,
+        on_load: Callable[[Replica, ToldLoad], None] = lambda _replica, _load: None,
     ) -> None:
         """`make_sink` is asked for each stream of a replica, by its data-parallel rank.
 
-        `on_reseeding`: a replica enters, or leaves, `reseeding`.
+        `on_reseeding`: a replica enters, or leaves, `reseeding`. `on_load`: one told its load.
         """
+        self._on_load = on_load
         self._on_reseeding = on_reseeding
         self._reseeding: frozenset[str] = frozenset()
         self._make_sink = make_sink
@@ -218,7 +223,8 @@ class KvFollower:
         if self._context is None:
             self._context = zmq.Context()
         decoder = SglangDecoder() if source.dialect is Dialect.SGLANG else VllmDecoder()
-        return Subscriber(self._context, source, decoder, make_sink(source.rank), self._clock)
+        sink, on_load = make_sink(source.rank), partial(self._on_load, followed.replica)
+        return Subscriber(self._context, source, decoder, sink, self._clock, on_load=on_load)
 
     def _leave(self, followed: _Followed) -> None:
         """Close its streams: what they told is not known to hold any more."""

@@ -23,11 +23,19 @@ from typing import Any, Final, Protocol
 
 import zmq
 
-from roost_router.kv.feed import Apply, AskReplay, DropAll, Effect, Feed
+from roost_router.kv.feed import (
+    Apply,
+    AskReplay,
+    DropAll,
+    Effect,
+    Feed,
+    LoadTold,
+)
 from roost_router.kv.sink import KvSink
 from roost_router.kv.source import KvSource, is_listening
 from roost_wire.kv_dialects.dialect import KvDecodeError, LeftOut
 from roost_wire.kv_events import KvEventBatch
+from roost_wire.told_load import ToldLoad
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +70,13 @@ class Subscriber:
         decoder: Decoder,
         sink: KvSink,
         clock: Callable[[], float],
+        *,
+        on_load: Callable[[ToldLoad], None] = lambda _load: None,
     ) -> None:
-        """Connect, or listen where the endpoint has a wildcard. zmq.ZMQError if it cannot."""
+        """Connect, or listen where the endpoint has a wildcard. zmq.ZMQError if it cannot.
+
+        `on_load`: the replica told its load.
+        """
         self.source = source
         self.feed = Feed(can_replay=source.replay_endpoint is not None)
         self.num_batches = 0
@@ -72,6 +85,7 @@ class Subscriber:
         self._decoder = decoder
         self._sink = sink
         self._clock = clock
+        self._on_load = on_load
         self._loop = asyncio.get_running_loop()
         self._dealer: zmq.Socket[bytes] | None = None
         self._was_connected = False
@@ -208,6 +222,8 @@ class Subscriber:
                     self._sink.drop_all()
                 case AskReplay(start):
                     self._ask(start)
+                case LoadTold(load):
+                    self._on_load(load)
                 case _:
                     self._sink.trust_changed(effect.trust, effect.reason)
 

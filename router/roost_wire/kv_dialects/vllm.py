@@ -13,8 +13,8 @@ strings, the salt (first block of a prompt only), digests of embeddings. A strin
 first block is therefore taken for a salt: if it was an image, nobody asks for that salt.
 Removals name the group of layers, not its kind, so the decoder remembers which do not count.
 
-Our engine ends each batch with a removal of no blocks that has a key of its own, see
-vllm_encoder.py.
+Our engine ends each batch with a removal of no blocks that has keys of its own, see
+vllm_encoder.py. A load that cannot be read is none: it must not cost the batch.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from roost_wire.kv_events import (
     KvEventBatch,
     Tier,
 )
+from roost_wire.told_load import ToldLoad, read_packed
 
 #: Of layers that do not keep all blocks of a prefix.
 _PARTIAL_KINDS: Final = frozenset(
@@ -53,6 +54,9 @@ _PARTIAL_KINDS: Final = frozenset(
         "cross_attention",
     }
 )
+
+
+_NO_LOAD: Final = msgspec.Raw()
 
 
 class _Stored(msgspec.Struct, tag="BlockStored", gc=False):
@@ -74,6 +78,7 @@ class _Removed(msgspec.Struct, tag="BlockRemoved", gc=False):
     group_idx: int | None = None
     locality: str | None = None
     roost: tuple[int, int, int] | None = None
+    roost_load: msgspec.Raw = _NO_LOAD
 
 
 class _Cleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
@@ -121,9 +126,12 @@ class VllmDecoder:
         sent_at, wire_events, rank = self._batches.decode(payload)
         events: list[KvEvent] = []
         state: tuple[int | None, int | None, int | None] = (None, None, None)
+        load: ToldLoad | None = None
         for event in wire_events:
             if isinstance(event, _Removed) and event.roost is not None:
                 state = event.roost
+                if event.roost_load:
+                    load = read_packed(event.roost_load)
                 continue
             told = self._translate(event)
             if isinstance(told, LeftOut):
@@ -137,6 +145,7 @@ class VllmDecoder:
             epoch=epoch,
             device_digest=device_digest,
             host_digest=host_digest,
+            load=load,
             sent_at=sent_at,
             rank=rank,
         )

@@ -1,7 +1,9 @@
 """Our engine's KV events in vLLM's map dialect, so that any router can follow our engine.
 
 What vLLM does not tell rides on an event that says nothing to others: each batch ends with a
-removal of no blocks that has the key "roost": [epoch, digest of the device, digest of the host].
+removal of no blocks that has two keys of its own,
+
+    "roost": [epoch, digest of the device, digest of the host]      "roost_load": see told_load.py
 
 Rejected: a fourth element of the batch (readers in Rust refuse an array that is too long), an event
 type of our own (readers that do not know it drop the batch it is in), a fourth frame (readers
@@ -15,6 +17,7 @@ from __future__ import annotations
 import msgspec
 
 from roost_wire.kv_events import BlockRemoved, BlockStored, KvEvent, KvEventBatch, Tier
+from roost_wire.told_load import ToldLoad
 
 _MEDIA = {Tier.DEVICE: "GPU", Tier.HOST: "CPU"}
 #: All layers of our engine keep all blocks.
@@ -39,6 +42,7 @@ class _Removed(msgspec.Struct, tag="BlockRemoved", omit_defaults=True, gc=False)
     medium: str | None
     group_idx: int | None = None
     roost: tuple[int, int, int] | None = None
+    roost_load: ToldLoad | None = None
 
 
 class _Cleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
@@ -55,7 +59,7 @@ def encode_batch(batch: KvEventBatch) -> bytes:
         assert batch.device_digest is not None
         assert batch.host_digest is not None
         state = (batch.epoch, batch.device_digest, batch.host_digest)
-        events.append(_Removed((), _MEDIA[Tier.DEVICE], _GROUP, state))
+        events.append(_Removed((), _MEDIA[Tier.DEVICE], _GROUP, state, batch.load))
     wire: tuple[object, ...] = (batch.sent_at, events)
     return _encoder.encode(wire if batch.rank is None else (*wire, batch.rank))
 
