@@ -9,7 +9,8 @@ Sequences are 8 bytes, big endian. An endpoint with a wildcard ("tcp://*:5557",
 
 The last batches are kept for replay, bounded in number and bytes. Who asks for older ones gets a
 snapshot instead: a batch that begins by clearing everything and has the number of the last one, so
-that a reader who has never heard of snapshots ends with the right blocks too.
+that a reader who has never heard of snapshots ends with the right blocks too. So does who asks for
+SNAPSHOT, because what it was told does not add up.
 
 Everything runs on the event loop and waits for nobody: PUB drops for slow readers, a replay is a
 task of its own, and there are only so many of them.
@@ -34,7 +35,7 @@ import zmq
 import zmq.asyncio
 
 from roost_wire.kv_dialects.vllm_encoder import encode_batch
-from roost_wire.kv_events import KvEventBatch
+from roost_wire.kv_events import SNAPSHOT, KvEventBatch
 
 _log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class KvPublisher:
         return len(self._tasks) - 1 + len(self._asked)
 
     def _answer(self, identity: bytes, start: int) -> None:
-        if start < self._oldest:
+        if start < self._oldest or start == SNAPSHOT:
             assert self._ask_snapshot is not None
             self._asked.append(identity)
             self._ask_snapshot()

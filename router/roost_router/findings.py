@@ -156,6 +156,11 @@ def _untold(row: ReplicaRow) -> Iterator[Finding]:
             what = f"KV events of rank {stream.rank} are {stream.trust.replace('_', ' ')}"
             cure = _UNTRUSTED.get(stream.reason, "wait a moment")
             yield Finding("note", row.name, what, cure)
+        num_wrong = stream.losses.get("digest", 0)
+        if num_wrong and stream.reason != "digest":
+            times = "once" if num_wrong == 1 else f"{num_wrong:,} times"
+            what = f"KV events of rank {stream.rank} did not add up {times}; it was learnt anew"
+            yield Finding("warning", row.name, what, _UNTRUSTED["digest"])
     for model in row.drifting:
         what = f"counts the tokens of {model} differently: its KV events are not used"
         yield Finding("warning", row.name, what, "give --tokenizer its own tokenizer and template")

@@ -40,6 +40,7 @@ class KvStreamRow(msgspec.Struct):
     trust: str  # exact, catching_up, approximate, blind: kv/trust.py
     reason: str  # why it is not exact; "none" where it is
     undecodable: int  # batches
+    losses: dict[str, int] = {}  # how often it was not exact, by reason; most are mended since
 
 
 class ReplicaRow(msgspec.Struct):
@@ -58,7 +59,7 @@ class ReplicaRow(msgspec.Struct):
     kv_capacity_tokens: int | None  # None: it does not tell
     prefill_tokens_per_s: float  # as fitted
     token_gap_s: float | None  # between tokens of a stream, averaged; None: not seen yet
-    reported: LoadReport  # its own figures as of the last poll
+    reported: LoadReport  # its own figures, as last polled or told
     traffic: Traffic
     told: Told
     #: How it is known what it holds: "placements", or KV events by the trust in the least trusted
@@ -179,7 +180,9 @@ def _row(
 
 def _kv_streams(streams: Sequence[StreamStatus], replica: str) -> list[KvStreamRow]:
     return [
-        KvStreamRow(s.rank, s.dialect.value, s.trust.value, s.reason.value, s.num_undecodable)
+        KvStreamRow(
+            s.rank, s.dialect.value, s.trust.value, s.reason.value, s.num_undecodable, s.losses
+        )
         for s in streams
         if s.replica == replica
     ]

@@ -40,6 +40,12 @@ class KvCollector(Collector):
             ("kv_undecodable", "Of these, unreadable.", _by_replica(streams, "num_undecodable")),
         ):
             yield counter(name, text, ("replica",), values)
+        losses: Counter[tuple[str, ...]] = Counter()
+        for stream in streams:
+            for reason, count in stream.losses.items():
+                losses[stream.replica, reason] += count
+        text = "How often not every KV event of a replica was known, by why."
+        yield counter("kv_losses", text, ("replica", "reason"), losses)
         left_out: Counter[tuple[str, ...]] = Counter()
         for stream in streams:
             for reason, count in stream.left_out.items():

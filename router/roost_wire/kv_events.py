@@ -26,7 +26,7 @@ Not here: encodings (kv_dialects/), transport, replay buffers.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -34,6 +34,11 @@ from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+#: Asked for in place of the number of a batch: a snapshot, whatever is kept. It marks the ends of
+#: answers, so that no batch has it. Only our engine understands; others have nothing from there on.
+SNAPSHOT: Final = 2**64 - 1
 
 
 class Tier(enum.Enum):

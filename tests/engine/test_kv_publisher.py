@@ -17,7 +17,7 @@ from roost_engine.kv_publisher import (
     KvPublisher,
     KvPublisherError,
 )
-from roost_wire.kv_events import AllBlocksCleared, BlockRemoved, KvEventBatch, Tier
+from roost_wire.kv_events import SNAPSHOT, AllBlocksCleared, BlockRemoved, KvEventBatch, Tier
 
 ANY = "tcp://127.0.0.1:*"
 END = b"\xff" * 8
@@ -144,6 +144,21 @@ async def test_who_asks_for_more_than_is_kept_gets_a_snapshot(
     assert numbers(answer) == ([num_published] if has_snapshot else [0, 1, 2])
     _, events = msgspec.msgpack.decode(answer[0][3])
     assert (events[0]["type"] == "AllBlocksCleared") == has_snapshot
+
+
+async def test_who_asks_for_a_snapshot_gets_one_whatever_is_kept(
+    publisher: KvPublisher, context: zmq.asyncio.Context
+) -> None:
+    snapshot = KvEventBatch(sequence=2, events=[AllBlocksCleared()])
+    publisher.start(lambda: publisher.take_snapshot(snapshot))
+    for sequence in range(3):
+        publisher.publish(batch(sequence))
+    asker = Asker(context, publisher)
+    await asker.ask(SNAPSHOT)
+    answer = await asker.answer()
+
+    assert numbers(answer) == [2]
+    assert msgspec.msgpack.decode(answer[0][3])[1] == [{"type": "AllBlocksCleared"}]
 
 
 async def test_what_is_kept_is_bounded_in_number_and_bytes(

@@ -211,6 +211,17 @@ def test_a_stream_that_is_not_exact_says_why(reason):
     assert finding.cure != "wait a moment"
 
 
+@pytest.mark.parametrize(("count", "times"), [(1, "once"), (1234, "1,234 times")])
+def test_what_did_not_add_up_is_told_after_it_was_mended(count, times):
+    exact = KvStreamRow(0, "vllm", "exact", "none", 0, {"gap": 3, "digest": count})
+    finding = one(row(kv_streams=[exact]))
+
+    assert finding.severity == "warning"
+    assert finding.what == f"KV events of rank 0 did not add up {times}; it was learnt anew"
+    mended = KvStreamRow(0, "vllm", "exact", "none", 0, {"gap": 3})
+    assert find([row(kv_streams=[mended])], UNIX_S) == []
+
+
 def test_a_replica_that_counts_tokens_differently_is_named_with_the_model():
     finding = one(row(drifting=["m"]))
 

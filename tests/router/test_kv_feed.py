@@ -24,6 +24,7 @@ from roost_router.kv.feed import (
 )
 from roost_router.kv.trust import Reason, Trust
 from roost_wire.kv_events import (
+    SNAPSHOT,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -350,12 +351,41 @@ def test_a_digest_that_does_not_add_up_makes_it_learn_everything_anew():
     assert changes(feed.receive(batch(2, stored(9), **digest_of(4, 9, 77)), 0.2)) == [
         (Trust.APPROXIMATE, Reason.DIGEST)
     ]
-    assert asked(feed.tick(0.5)) == [0]
+    assert asked(feed.tick(0.5)) == [SNAPSHOT]  # its batches would tell the same again
     effects = feed.replayed(
         batch(2, AllBlocksCleared(), stored(4, 9, 77), **digest_of(4, 9, 77)), 0.6
     )
     assert effects[0] == DropAll()
     assert changes(feed.replay_ended(0.6)) == [(Trust.EXACT, Reason.NONE)]
+
+
+def test_a_snapshot_whose_answer_is_lost_is_asked_for_again():
+    feed = Feed(can_replay=True)
+    feed.start(0.0)
+    feed.replay_ended(0.0)
+    feed.receive(batch(0, stored(9), **digest_of(7)), 0.1)
+    now, tries = 0.2, asked(feed.tick(0.2))
+    while len(tries) < 3:
+        now += 0.05
+        tries += asked(feed.tick(now))
+
+    assert tries == [SNAPSHOT] * 3
+
+
+def test_losses_are_counted_by_reason_once_each_and_what_is_mended_is_not_forgotten():
+    feed = Feed(can_replay=True)
+    feed.start(0.0)
+    feed.replayed(batch(0, stored(8), **digest_of(8)), 0.0)
+    feed.replay_ended(0.0)
+    feed.receive(batch(1, stored(9), **digest_of(8, 9, 77)), 0.2)
+    feed.receive(batch(2, stored(10), **digest_of(8, 9, 10, 77)), 0.2)
+    feed.tick(0.5)
+    snapshot = (AllBlocksCleared(), stored(8, 9, 10, 77))
+    feed.replayed(batch(2, *snapshot, **digest_of(8, 9, 10, 77)), 0.6)
+    feed.replay_ended(0.6)
+
+    assert feed.trust is Trust.EXACT
+    assert feed.losses == {Reason.DIGEST: 1}
 
 
 def loads(effects):
@@ -447,7 +477,7 @@ class Engine:
 
     def replay(self, start, now):
         oldest = self.next - len(self.kept)
-        if start < oldest and self.is_ours:
+        if self.is_ours and (start < oldest or start == SNAPSHOT):
             clear = [AllBlocksCleared(), *(stored(name) for name in self.resident)]
             return [self.batch(self.next - 1, clear, now)]
         return [told for told in self.kept if told.sequence >= start]

@@ -205,6 +205,25 @@ async def test_a_follower_from_the_start_has_what_the_engine_has(follow, engine)
     assert followed.sink.trusts == [(Trust.EXACT, Reason.NONE)]
 
 
+async def test_what_the_engine_itself_told_wrongly_is_learnt_anew(follow, engine, caplog):
+    """Its kept batches would tell it again; the digest, and a snapshot, are right."""
+    followed = follow(engine.source())
+    await followed.until_trusted()
+    publish = engine.teller.on_batch
+    engine.teller.on_batch = lambda batch: publish(msgspec.structs.replace(batch, events=[]))
+    engine.step()
+    engine.teller.on_batch = publish
+    await followed.until(lambda: followed.subscriber.feed.losses)
+    await followed.until_equal(engine)
+
+    assert followed.subscriber.feed.losses == {Reason.DIGEST: 1}
+    assert followed.sink.num_dropped == 1
+    assert "does not add up" in caplog.text
+    engine.step()
+    await followed.until_equal(engine)
+    assert followed.subscriber.feed.losses == {Reason.DIGEST: 1}
+
+
 async def test_the_load_is_passed_on_as_it_is_told(follow, engine):
     followed = follow(engine.source())
     await followed.until_trusted()

@@ -3,11 +3,16 @@
     BLIND --first batch, or proof that there was none--> EXACT --a batch is missing--> CATCHING_UP
     CATCHING_UP --replayed--> EXACT, or what it was
     CATCHING_UP --not replayed--> APPROXIMATE --cleared, restarted, or a snapshot--> EXACT
+    EXACT --a digest that does not add up--> APPROXIMATE
 
 Sequence numbers go up by one. A gap is asked for on the replay socket; the answer are batches in
 order, then an end. What the answer does not have is lost. A batch that clears everything makes
 knowledge exact whatever was lost before: a restarted SGLang, a flush, our engine's snapshot in
-place of batches that it does not keep any more.
+place of batches that it does not keep any more. After a loss our engine is asked for a snapshot in
+so many words: if it told something wrong, its batches would tell it again.
+
+The digest of what was told goes with each batch of ours, so that equal means: nothing was lost, by
+whatever cause. It is compared where no number is missing; heartbeats bound how late, to a second.
 
 Restart: another epoch. Where there are no epochs: a number that is below the next and is no
 repetition of a batch that came (same number, same time stamp); after a reconnection, any number but
@@ -21,7 +26,7 @@ Not here: sockets and decoding (subscriber.py), what events mean (index/token_in
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from functools import reduce
 from operator import xor
 from typing import Final
@@ -30,6 +35,7 @@ import msgspec
 
 from roost_router.kv.trust import Reason, Trust
 from roost_wire.kv_events import (
+    SNAPSHOT,
     AllBlocksCleared,
     KvEvent,
     KvEventBatch,
@@ -73,6 +79,8 @@ class DropAll(msgspec.Struct, frozen=True):
 class AskReplay(msgspec.Struct, frozen=True):
     """Ask for all batches from this number on; the answer goes to `replayed` and `replay_ended`.
 
+    SNAPSHOT: for a snapshot, and all batches after it.
+
     What still comes in answer to an earlier one must not go there any more.
     """
 
@@ -105,7 +113,7 @@ class Feed:
         self._told = (Trust.BLIND, Reason.NOT_HEARD)
         self._next: int | None = None  # number of the batch to apply; None: not known
         self._held: dict[int, KvEventBatch | None] = {}  # beyond _next; None: could not be read
-        self._must_drop = False  # before the first batch is applied: it begins anew
+        self._must_drop = False  # before the first batch, of a snapshot at best, is applied
         self._loss: Reason | None = None  # why what was applied is not all
         self._lost_at = 0.0
         self._heard_at: float | None = None
@@ -125,6 +133,8 @@ class Feed:
         self._num_resyncs = 0
         self._resync_after = 0.0
         self._load_at = -1  # number of the batch that told the load last
+        #: What has cost trust, how often; EXACT or not since.
+        self.losses: Counter[Reason] = Counter()
 
     @property
     def trust(self) -> Trust:
@@ -283,7 +293,7 @@ class Feed:
         """The first batch that is known."""
         self._begin_empty()
         self._next = sequence
-        if sequence > 0:
+        if sequence > 0 and not _is_fresh_start(batch):
             self._lose(Reason.LATE_JOIN, now)
         self._apply(batch, now)
 
@@ -361,6 +371,8 @@ class Feed:
             self._num_resyncs = 0
 
     def _lose(self, reason: Reason, now: float) -> None:
+        if self._loss is not reason:
+            self.losses[reason] += 1
         self._loss, self._lost_at = reason, now
 
     # -- epochs ------------------------------------------------------------------------------
@@ -386,7 +398,7 @@ class Feed:
         self._loss = None
 
     def _resync(self, now: float) -> None:
-        """Learn everything anew: the engine answers with all of its batches or a snapshot."""
+        """Learn everything anew, from a snapshot."""
         if self._can_replay and self._asked_at is None and now >= self._resync_after:
             self._resync_after = now + min(RESYNC_S * 2**self._num_resyncs, MAX_RESYNC_S)
             self._num_resyncs += 1
@@ -418,7 +430,8 @@ class Feed:
         self._asked_at = now
         self._asked_for = (self._next, self._first_held)
         self._is_probe = is_probe
-        self._effects.append(AskReplay(self._next or 0))
+        start = SNAPSHOT if self._must_drop else self._next or 0
+        self._effects.append(AskReplay(start))
 
     # -- trust -------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class StreamStatus(msgspec.Struct, frozen=True):
     dialect: Dialect
     trust: Trust
     reason: Reason
+    losses: dict[str, int]  # by reason, since it is followed
     #: The rest is of the whole connection: where it carries several ranks, told with the first.
     num_batches: int
     num_undecodable: int
@@ -154,6 +155,7 @@ class KvFollower:
                 stream.source.dialect,
                 feed.trust,
                 feed.reason,
+                {why.value: count for why, count in feed.losses.items()},
                 0 if place else stream.num_batches,
                 0 if place else stream.num_undecodable,
                 {} if place else {why.value: count for why, count in stream.left_out.items()},

@@ -30,9 +30,11 @@ from roost_router.kv.feed import (
     Effect,
     Feed,
     LoadTold,
+    TrustChanged,
 )
 from roost_router.kv.sink import KvSink
 from roost_router.kv.source import KvSource, is_listening
+from roost_router.kv.trust import Reason
 from roost_wire.kv_dialects.dialect import KvDecodeError, LeftOut
 from roost_wire.kv_events import KvEventBatch
 from roost_wire.told_load import ToldLoad
@@ -225,7 +227,12 @@ class Subscriber:
                 case LoadTold(load):
                     self._on_load(load)
                 case _:
-                    self._sink.trust_changed(effect.trust, effect.reason)
+                    self._tell_trust(effect)
+
+    def _tell_trust(self, change: TrustChanged) -> None:
+        if change.reason is Reason.DIGEST:  # nothing that networks do explains it
+            _log.warning("%s: what it told does not add up", self.source.endpoint)
+        self._sink.trust_changed(change.trust, change.reason)
 
     def _ask(self, start: int) -> None:
         self._stop_answer()
