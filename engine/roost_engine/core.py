@@ -182,7 +182,7 @@ class EngineCore:
         return msgspec.structs.replace(
             load,
             num_waiting=load.num_waiting + len(on_their_way),
-            waiting_tokens=load.waiting_tokens + num_tokens,
+            queued_tokens=load.queued_tokens + num_tokens,
         )
 
     def check_alive(self) -> None:

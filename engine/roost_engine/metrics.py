@@ -8,6 +8,7 @@ Beside vLLM's names, where vLLM counts nothing of the kind:
 
     roost_engine:prefill_tokens     prompt tokens computed, not taken from the cache; recomputation
                                     included
+    roost_engine:queued_tokens      left to compute of prompts, as told to routers (told_load.py)
     roost_engine:free_blocks        blocks that can be allocated now
     roost_engine:restored_tokens    copied back from host memory instead of computed
     roost_engine:host_blocks_used   blocks in host memory now
@@ -34,6 +35,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from roost_wire import vllm_metrics as names
+from roost_wire.load_report import QUEUED_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,11 +131,12 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All series, current values."""
-        scheduler = self._core.scheduler
+        scheduler, load = self._core.scheduler, self._core.load
         pool, counters = scheduler.pool, scheduler.counters
         yield self._gauge(names.NUM_REQUESTS_RUNNING, "With blocks.", scheduler.num_running)
         yield self._gauge(names.NUM_REQUESTS_WAITING, "Without blocks.", self._core.num_waiting)
         yield self._gauge(names.KV_CACHE_USAGE, "Share of blocks in use, 0 to 1.", pool.usage)
+        yield self._gauge(QUEUED_TOKENS, "Left to compute of prompts.", load.queued_tokens)
         yield self._gauge(FREE_BLOCKS, "Blocks that can be allocated now.", pool.num_free)
         yield self._gauge(HOST_BLOCKS_USED, "Blocks in host memory.", pool.num_host_used)
         yield self._cache_config()

@@ -128,6 +128,7 @@ class Scheduler:
         )
         self._waiting = WaitingLine()
         self._running: list[Request] = []
+        self._prefilling: list[Request] = []  # as of the last step; some may have ended
         self._requests: dict[str, Request] = {}
         self._places: dict[str, Place] = {}
         self._num_arrivals = 0
@@ -145,17 +146,22 @@ class Scheduler:
 
     @property
     def load(self) -> ToldLoad:
-        """What is to be done and what memory is in use, as told to routers. O(1).
+        """What is to be done and what memory is in use, as told to routers. O(prefills under way).
 
         May be read from another thread: the numbers may then be a step apart.
         """
+        under_way = [
+            request.num_uncomputed
+            for request in self._prefilling
+            if request.state is RequestState.RUNNING and request.num_uncomputed > 1
+        ]
         pool = self.pool
         return ToldLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             used_tokens=(pool.num_blocks - pool.num_free) * pool.block_size,
             capacity_tokens=pool.num_blocks * pool.block_size,
-            waiting_tokens=self._waiting.num_tokens,
+            queued_tokens=self._waiting.num_tokens + sum(under_way),
         )
 
     @property
@@ -240,6 +246,7 @@ class Scheduler:
         if may_admit:
             self._admit(step, budget, prefilling, None)
 
+        self._prefilling = prefilling
         step.copies.extend(self.pool.take_copies())
         return step
 
@@ -305,8 +312,9 @@ class Scheduler:
         for line in (list(self._waiting), self._running):
             places = [self._places[request.id] for request in line]
             assert places == sorted(places), "a line is out of order"
-        num_waiting_tokens = sum(len(request.token_ids) for request in self._waiting)
-        assert self._waiting.num_tokens == num_waiting_tokens
+        left = [request.num_uncomputed for request in self._waiting]
+        left += [each.num_uncomputed for each in self._running if each.num_uncomputed > 1]
+        assert self.load.queued_tokens == sum(left)
         for request in self._waiting:
             assert request.state is RequestState.WAITING, request
             assert not request.block_table, request

@@ -20,6 +20,8 @@ _SAMPLE = re.compile(
     r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>[-+.\w]+)", re.MULTILINE
 )
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+#: Our engine's: ToldLoad.queued_tokens.
+QUEUED_TOKENS = "roost_engine:queued_tokens"
 #: What a sample is, by its name. Sources: vLLM's as in vllm_metrics.py; SGLang's
 #: srt/observability/metrics_collector.py; TensorRT-LLM's metrics/collector.py; llama.cpp's
 #: tools/server/README.md. SGLang and llama.cpp show theirs when started with an option.
@@ -38,6 +40,7 @@ _FIELDS = {
     "sglang:max_total_num_tokens": "capacity",
     "trtllm_kv_cache_tokens_per_block": "tokens_per_block",
     "trtllm_kv_cache_max_blocks": "max_blocks",
+    QUEUED_TOKENS: "queued_tokens",
     "process_start_time_seconds": "started_at",
 }
 _PREFIXES = (*_FIELDS, names.CACHE_CONFIG_INFO)
@@ -54,8 +57,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_capacity_tokens: int | None = None  # of all its KV blocks
     max_running: int | None = None  # requests; more than that wait in it
     started_at: float | None = None  # Unix seconds; another value means another process
-    #: Of the requests that wait, whatever is cached of them. Only our engine tells.
-    waiting_tokens: int | None = None
+    queued_tokens: int | None = None  # see told_load.py; only our engine tells
 
     def with_load(self, load: ToldLoad) -> LoadReport:
         """The report as of `load`; what that does not tell stays."""
@@ -65,8 +67,9 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
             num_waiting=load.num_waiting,
             kv_usage=min(1.0, load.used_tokens / capacity) if capacity else None,
             kv_capacity_tokens=capacity or None,
+            max_running=self.max_running,
             started_at=self.started_at,
-            waiting_tokens=load.waiting_tokens,
+            queued_tokens=load.queued_tokens,
         )
 
 
@@ -100,6 +103,7 @@ def parse_load_report(page: str) -> LoadReport:
         kv_usage=totals["kv_usage"] / num_usages if num_usages else None,
         kv_capacity_tokens=_count(totals.get("capacity")) or None,
         started_at=totals.get("started_at"),
+        queued_tokens=_count(totals.get("queued_tokens")),
     )
 
 

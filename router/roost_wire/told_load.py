@@ -4,9 +4,10 @@
     "roost_load": [3, 1, 1296, 2048, 512]   with a batch of KV events: kv_dialects/vllm_encoder.py
 
 The numbers are those of SGLang's LoadStat and /v1/loads, in its order as far as it has them:
-num_running_reqs, num_waiting_reqs, num_used_tokens, max_total_num_tokens, and the tokens of the
-requests that wait, whatever is cached of them (num_total_tokens - num_used_tokens). More numbers
-may follow: readers pass over what they do not know.
+num_running_reqs, num_waiting_reqs, num_used_tokens, max_total_num_tokens, and in place of
+num_waiting_uncached_tokens what is left to compute of prompts; of requests that wait all tokens,
+since what is cached of them is found when they start. More numbers may follow: readers pass over
+what they do not know.
 
 Invariant: `read_header(load.header())` is `load` again.
 
@@ -38,7 +39,7 @@ class ToldLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_waiting: _Count
     used_tokens: _Count
     capacity_tokens: _Count
-    waiting_tokens: _Count
+    queued_tokens: _Count
 
     def header(self) -> str:
         """The value of headers.LOAD."""

@@ -114,11 +114,11 @@ async def test_who_is_started_is_told_before_the_step_and_who_ended_after_it() -
             while not told.batches or told.batches[-1].load != load:
                 await asyncio.sleep(0.01)
 
-    await until_told(ToldLoad(1, 0, 20, 96, 0))
+    await until_told(ToldLoad(1, 0, 20, 96, 20))
     assert told.core.load == told.batches[-1].load
     second = asyncio.ensure_future(told.complete(list(range(12))))
     await asyncio.sleep(0)
-    assert told.core.load == ToldLoad(1, 1, 20, 96, 12)  # on its way to the scheduler
+    assert told.core.load == ToldLoad(1, 1, 20, 96, 32)  # on its way to the scheduler
     model.may_compute.set()
     await asyncio.gather(first, second)
     await until_told(ToldLoad(0, 0, 0, 96, 0))

@@ -110,7 +110,7 @@ def test_the_head_tells_the_load_as_it_is_then(replica: Replica) -> None:
 
     running, ended = loads
     assert running is not None
-    assert (running.num_running, running.num_waiting, running.waiting_tokens) == (1, 0, 0)
+    assert (running.num_running, running.num_waiting, running.queued_tokens) == (1, 0, 0)
     assert running.used_tokens in {16, 32, 48}
     assert ended == ToldLoad(0, 0, 0, KV_TOKENS, 0)
     assert "x-roost-load" not in headers

@@ -234,7 +234,7 @@ async def test_the_load_is_passed_on_as_it_is_told(follow, engine):
     await followed.until(lambda: followed.loads[-1:] == [ToldLoad(0, 2, 0, 128, 6)])
     engine.scheduler.schedule()
     engine.beat()
-    await followed.until(lambda: followed.loads[-1:] == [ToldLoad(2, 0, 8, 128, 0)])
+    await followed.until(lambda: followed.loads[-1:] == [ToldLoad(2, 0, 8, 128, 6)])
 
 
 async def test_a_late_follower_gets_what_is_kept(follow, engine):

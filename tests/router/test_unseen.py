@@ -115,7 +115,7 @@ def test_a_told_load_counts_others_as_a_poll_does_but_does_not_prove_them():
     fleet.load_told(replica, ToldLoad(MIN_OTHERS + 2, 1, 512, 2048, 90))
     assert replica.num_others == MIN_OTHERS + 2  # one of the requests is ours
     assert not fleet.others_seen
-    assert replica.report.waiting_tokens == 90
+    assert replica.report.queued_tokens == 90
     assert replica.report.started_at == 5.0
     (candidate,) = placer.weigh(placement.fields, 0.1).candidates
     assert (candidate.num_others, candidate.kv_usage) == (MIN_OTHERS + 2, 0.25)

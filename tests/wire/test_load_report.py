@@ -17,6 +17,7 @@ vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0
 vllm:kv_cache_usage_perc{engine="0",model_name="Qwen/Qwen3-0.6B"} 0.25
 vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="2048",x="a\\"}b"} 1.0
 process_start_time_seconds 1.79e+09
+roost_engine:queued_tokens{engine="0",model_name="Qwen/Qwen3-0.6B"} 512.0
 """
 
 
@@ -27,6 +28,7 @@ def test_a_vllm_page_is_read():
         kv_usage=0.25,
         kv_capacity_tokens=32768,
         started_at=1.79e9,
+        queued_tokens=512,
     )
 
 

@@ -67,7 +67,7 @@ def test_a_report_takes_in_a_load_and_keeps_what_that_does_not_tell():
         kv_usage=1296 / 2048,
         kv_capacity_tokens=2048,
         started_at=5.0,
-        waiting_tokens=512,
+        queued_tokens=512,
     )
 
 
