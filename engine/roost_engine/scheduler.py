@@ -161,7 +161,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             used_tokens=(pool.num_blocks - pool.num_free) * pool.block_size,
             capacity_tokens=pool.num_blocks * pool.block_size,
-            queued_tokens=self._waiting.num_tokens + sum(under_way),
+            queued_tokens=self._waiting.num_uncached_tokens + sum(under_way),
         )
 
     @property
@@ -312,9 +312,10 @@ class Scheduler:
         for line in (list(self._waiting), self._running):
             places = [self._places[request.id] for request in line]
             assert places == sorted(places), "a line is out of order"
-        left = [request.num_uncomputed for request in self._waiting]
-        left += [each.num_uncomputed for each in self._running if each.num_uncomputed > 1]
-        assert self.load.queued_tokens == sum(left)
+        most = sum(request.num_uncomputed for request in self._waiting)
+        assert len(self._waiting) <= self._waiting.num_uncached_tokens <= most
+        left = [each.num_uncomputed for each in self._running if each.num_uncomputed > 1]
+        assert self.load.queued_tokens == self._waiting.num_uncached_tokens + sum(left)
         for request in self._waiting:
             assert request.state is RequestState.WAITING, request
             assert not request.block_table, request
@@ -360,7 +361,9 @@ class Scheduler:
 
     def _enqueue(self, request: Request) -> None:
         self._sharing.add(request)
-        self._waiting.add(self._places[request.id], request)
+        hit = self.pool.lookup(request.token_ids, self._sharing.shareable_chain(request))
+        num_uncached = len(request.token_ids) - len(hit) * self.pool.block_size
+        self._waiting.add(self._places[request.id], request, num_uncached)
 
     def _admit(
         self, step: Step, budget: int, prefilling: list[Request], before: Place | None

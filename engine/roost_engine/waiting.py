@@ -33,8 +33,9 @@ class WaitingLine:
         self._requests: list[Request] = []
         self._impatient: dict[Place, Request] = {}  # of those in line, who have a deadline
         self._deadlines: list[tuple[float, Place]] = []  # heap; also of some that left the line
-        #: Of all in line; nothing of a waiting request is computed, whatever is cached.
-        self.num_tokens = 0
+        self._uncached: dict[Place, int] = {}
+        #: Of all in line, what was not cached when they came.
+        self.num_uncached_tokens = 0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -42,12 +43,13 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests)
 
-    def add(self, place: Place, request: Request) -> None:
-        """Let a request wait at its place."""
+    def add(self, place: Place, request: Request, uncached_tokens: int) -> None:
+        """Let a request wait at its place; so many of its tokens are to be computed."""
         index = bisect_left(self._places, place)
         self._places.insert(index, place)
         self._requests.insert(index, request)
-        self.num_tokens += len(request.token_ids)
+        self._uncached[place] = uncached_tokens
+        self.num_uncached_tokens += uncached_tokens
         has_produced = len(request.token_ids) > request.num_given_tokens
         if request.deadline_s is not None and not has_produced:
             self._impatient[place] = request
@@ -57,7 +59,7 @@ class WaitingLine:
         """Take out the request at this place, which is in line."""
         index = bisect_left(self._places, place)
         assert self._places[index] == place
-        self.num_tokens -= len(self._requests[index].token_ids)
+        self.num_uncached_tokens -= self._uncached.pop(place)
         del self._places[index], self._requests[index]
         self._impatient.pop(place, None)
 

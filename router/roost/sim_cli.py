@@ -102,6 +102,13 @@ class _InTurn(click.ParamType[tuple[Any, ...]]):
     help="Seconds between looks at a replica.",
 )
 @click.option(
+    "--tells",
+    type=click.Choice(["requests", "queues", "changes"]),
+    default="requests",
+    help="What replicas tell of their load: how many requests they have, when polled, as vLLM; and "
+    "the tokens that are left to compute; the same whenever it changes, as our engine.",
+)
+@click.option(
     "--knows",
     type=click.Choice(["placements", "events"]),
     default="placements",
@@ -210,6 +217,7 @@ def _policies(names: Iterable[str]) -> dict[str, Callable[[], Policy]]:
 
 
 def _config(options: dict[str, Any]) -> FleetConfig:
+    from roost_loadtest.fleet_sim.events import TellsLoad
     from roost_loadtest.fleet_sim.model import StepTimes
     from roost_loadtest.fleet_sim.summary import Slo
     from roost_loadtest.fleet_sim.sweep import FleetConfig
@@ -222,6 +230,7 @@ def _config(options: dict[str, Any]) -> FleetConfig:
         context_s=options.pop("context_ns") / 1e9,
         chunk_tokens=options.pop("chunk_tokens"),
     )
+    options["tells"] = TellsLoad(options["tells"])
     options["is_engine"] = options.pop("replica") == "engine"
     options["misfits"] = options["misfits"] or ()
     slo = Slo(options.pop("ttft_s"), options.pop("itl_s"))

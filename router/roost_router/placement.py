@@ -293,7 +293,8 @@ class Placer:
                     replica.name,
                     matched_tokens=matched_tokens,
                     uncached_tokens=uncached_tokens,
-                    queued_tokens=self._queued_tokens(replica, tokens_per_s, now),
+                    queued_tokens=self._queued_tokens(replica, tokens_per_s, now)
+                    + replica.others_tokens(tokens_per_s, now),
                     num_decoding=replica.num_decoding + replica.num_others,
                     prefill_tokens_per_s=tokens_per_s,
                     decode_s=speed.decode_s,
@@ -309,6 +310,7 @@ class Placer:
                     wait_scale=wait_scale,
                     is_told=is_told,
                     num_others=replica.num_others,
+                    tells_queue=replica.tells_queue,
                     slot_wait_s=replica.slot_wait_s(),
                 )
             )
@@ -411,7 +413,7 @@ class Placer:
             is_same = placement.holder == placement.replica.holder
             if placement.matched_blocks and is_same and not placement.was_told:
                 self._learn_kept(placement, cached_tokens, density)
-            if placement.unseen_kind is not None:
+            if placement.unseen_kind is not None and not placement.was_told:
                 self._unseen(placement.model).learn(
                     placement.unseen_kind,
                     prompt_tokens - placement.matched_tokens,

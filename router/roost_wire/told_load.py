@@ -5,9 +5,8 @@
 
 The numbers are those of SGLang's LoadStat and /v1/loads, in its order as far as it has them:
 num_running_reqs, num_waiting_reqs, num_used_tokens, max_total_num_tokens, and in place of
-num_waiting_uncached_tokens what is left to compute of prompts; of requests that wait all tokens,
-since what is cached of them is found when they start. More numbers may follow: readers pass over
-what they do not know.
+num_waiting_uncached_tokens what is left to compute of prompts, of requests that wait what was not
+cached when they came. More numbers may follow: readers pass over what they do not know.
 
 Invariant: `read_header(load.header())` is `load` again.
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from roost.cli import main
 from roost_loadtest.fleet_sim.cache import BlockCache
-from roost_loadtest.fleet_sim.events import PROGRESS_EVERY, FleetRun
+from roost_loadtest.fleet_sim.events import PROGRESS_EVERY, FleetRun, TellsLoad
 from roost_loadtest.fleet_sim.model import StepTimes
 from roost_loadtest.fleet_sim.replica import SimReplica
 from roost_loadtest.fleet_sim.routers import LeastWaitRouter, RealRouters
@@ -219,6 +219,26 @@ def test_what_routers_see_changes_what_they_do(view):
         return list(sweep(trace, config, loads=loads, policies=policies, bound=False))
 
     assert rows(plain) != rows(msgspec.structs.replace(plain, **view))
+
+
+def test_routers_that_are_told_queues_of_others_wait_less():
+    """One prompt after the other that nobody shares, each through one of four routers."""
+    rng, at, requests = Random(5), 0.0, []
+    for _ in range(400):
+        at += rng.expovariate(4.0)
+        requests.append(Request(rng.randrange(200, 12_000), 20, (), at))
+    trace = Trace("t", BLOCK, requests)
+
+    def mean_s(tells: TellsLoad, hears_after_s: float = 0.0) -> float:
+        config = FleetConfig(
+            num_replicas=4, num_routers=4, tells=tells, hears_after_s=hears_after_s
+        )
+        policies = {"late-binding": lambda: make_policy("late-binding")}
+        (row,) = sweep(trace, config, loads=(0.9,), policies=policies, bound=False)
+        return row.ttft_mean_s
+
+    assert mean_s(TellsLoad.CHANGES) < 0.9 * mean_s(TellsLoad.REQUESTS)
+    assert mean_s(TellsLoad.CHANGES, 0.5) < 0.9 * mean_s(TellsLoad.REQUESTS, 0.5)
 
 
 def test_load_raises_waiting_and_the_bound_is_ahead():

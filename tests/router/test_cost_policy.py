@@ -76,6 +76,13 @@ def test_the_price_is_the_share_that_has_a_queue():
     assert [price([idle]), price([idle, busy]), price([busy])] == [0.0, 5.0, 10.0]
 
 
+def test_the_price_counts_queues_of_others_that_are_not_told():
+    idle, busy = candidate(num_others=3), candidate(queued_tokens=1)
+    assert price([idle, busy]) == pytest.approx(10 * (1 - 0.5 ** (1 + 3 / 2)))
+    told = candidate(num_others=3, tells_queue=True)
+    assert price([told, busy]) == 5.0
+
+
 def pick(*candidates: Candidate, seed: int = 0) -> int:
     return CostPolicy().pick(candidates, Random(seed)).chosen
 

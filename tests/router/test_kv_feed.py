@@ -60,6 +60,29 @@ def applied(effects):
     ]
 
 
+def test_each_loss_drops_what_was_known_and_keeps_what_comes_behind_it():
+    """Removals may be among what was lost, the second time as the first."""
+    feed, held = Feed(can_replay=False), set()
+    for sequence in (0, 2, 3, 5):
+        for effect in feed.receive(batch(sequence), 0.0):
+            if isinstance(effect, DropAll):
+                held.clear()
+            held |= set(applied([effect]))
+        if sequence == 3:
+            assert held == {2, 3}
+    assert held == {5}
+    effects = feed.undecodable(6, 0.0)
+    assert DropAll() in effects
+    assert DropAll() in feed.undecodable(7, 0.0)
+    assert DropAll() not in feed.receive(batch(8), 0.0)
+
+
+def test_who_comes_late_has_lost_nothing_yet():
+    effects = Feed(can_replay=False).receive(batch(7), 0.0)
+    assert TrustChanged(Trust.APPROXIMATE, Reason.LATE_JOIN) in effects
+    assert DropAll() not in effects
+
+
 def changes(effects):
     return [(effect.trust, effect.reason) for effect in effects if isinstance(effect, TrustChanged)]
 

@@ -302,7 +302,7 @@ async def test_tensorrt_llm_is_polled_and_its_ranks_kept_apart(monkeypatch):
         assert [live.sinks[rank].resident for rank in (0, 1)] == [{11}, {12}]
         assert live.sinks[0].trust == (Trust.EXACT, Reason.NONE)
         await poll()
-        assert [live.sinks[rank].resident for rank in (0, 1)] == [set(), {12, 13}]
+        assert [live.sinks[rank].resident for rank in (0, 1)] == [set(), {13}]  # 12 may be gone
         assert live.sinks[1].trust == (Trust.APPROXIMATE, Reason.GAP)
         await poll()
         assert live.sinks[0].resident == {14}

@@ -120,6 +120,24 @@ def test_a_told_load_counts_others_as_a_poll_does_but_does_not_prove_them():
     (candidate,) = placer.weigh(placement.fields, 0.1).candidates
     assert (candidate.num_others, candidate.kv_usage) == (MIN_OTHERS + 2, 0.25)
 
+    # 225 tokens of ours are queued there.
+    fleet.load_told(replica, ToldLoad(2, 0, 0, 2048, 1225))
+    (candidate,) = placer.weigh(placement.fields, 1.0).candidates
+    assert (candidate.queued_tokens, candidate.tells_queue) == (225 + 1000, True)
+    (candidate,) = placer.weigh(placement.fields, 1.25).candidates  # 2,000 tokens/s, as assumed
+    assert candidate.queued_tokens == 225 + 500
+    (candidate,) = placer.weigh(placement.fields, 9.0).candidates
+    assert candidate.queued_tokens == 225
+    fleet.load_told(replica, ToldLoad(2, 0, 0, 2048, 1000), done_tokens=225)
+    (candidate,) = placer.weigh(placement.fields, 9.0).candidates
+    assert candidate.queued_tokens == 225 + 1000
+    fleet.load_told(replica, ToldLoad(2, 0, 0, 2048, 200))  # ours is partly computed
+    (candidate,) = placer.weigh(placement.fields, 9.0).candidates
+    assert candidate.queued_tokens == 225
+    fleet.answered(replica, ["m"], LoadReport(num_running=2, started_at=5.0))
+    (candidate,) = placer.weigh(placement.fields, 9.0).candidates
+    assert not candidate.tells_queue
+
     fleet.load_told(replica, ToldLoad(1, 0, 0, 2048, 0), num_ended=1)
     assert replica.num_others == 1  # ours is over there
     fleet.load_told(replica, ToldLoad(0, 0, 0, 2048, 0))

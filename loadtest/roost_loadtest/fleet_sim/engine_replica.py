@@ -89,6 +89,7 @@ class EngineReplica:
             num_waiting=scheduler.num_waiting,
             kv_usage=scheduler.pool.usage,
             kv_capacity_tokens=self._kv_capacity_tokens,
+            queued_tokens=scheduler.load.queued_tokens,
         )
 
     def take_news(self) -> list[KvEvent]:

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum
 from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING
+
+from msgspec import structs
 
 from roost_loadtest.fleet_sim.replica import Happened, Job
 from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
@@ -26,9 +29,18 @@ if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.routers import Router
     from roost_loadtest.fleet_sim.told import EventDelays
     from roost_loadtest.fleet_sim.trace import Request, Trace
+    from roost_wire.load_report import LoadReport
 
 #: Requests between two calls of `on_progress`.
 PROGRESS_EVERY = 1000
+
+
+class TellsLoad(Enum):
+    """What replicas tell of their load."""
+
+    REQUESTS = "requests"  # how many run and wait, when polled: vLLM
+    QUEUES = "queues"  # and the tokens of prompts that are left to compute
+    CHANGES = "changes"  # the same, polled and whenever another number runs or waits: our engine
 
 
 class FleetRun:
@@ -43,6 +55,7 @@ class FleetRun:
         time_scale: float = 1.0,
         hears_after_s: float = 0.0,
         poll_interval_s: float = 1.0,
+        tells: TellsLoad = TellsLoad.REQUESTS,
         delays: EventDelays | None = None,
         shares_cache: bool = False,
         on_progress: Callable[[int], None] | None = None,
@@ -57,6 +70,8 @@ class FleetRun:
         self._router = router
         self._hears_after_s = hears_after_s
         self._poll_interval_s = poll_interval_s
+        self._tells = tells
+        self._counts: list[tuple[int | None, int | None]] = [(0, 0)] * len(replicas)  # as told
         self._delays = delays
         self._shares_cache = shares_cache
         self._on_progress = on_progress
@@ -138,6 +153,8 @@ class FleetRun:
 
     def _plan(self, number: int, now: float) -> None:
         """Note when the replica is due, if that has changed; pass on what it tells."""
+        if self._tells is TellsLoad.CHANGES:
+            self._tell_load(number, now)
         if self._delays is not None and (told := self._replicas[number].take_news()):
             later_s = max(self._delays.events_after_s, self._hears_after_s)
             self._at(now + later_s, lambda _: self._router.told(number, told))
@@ -189,10 +206,29 @@ class FleetRun:
         if self._next_look is not None:
             self._plan_look(max(now, self._looked_at + MIN_LOOK_S))
 
+    def _report(self, replica: Replica) -> LoadReport:
+        report = replica.report()
+        if self._tells is TellsLoad.REQUESTS:
+            return structs.replace(report, queued_tokens=None)
+        return report
+
+    def _tell_load(self, number: int, now: float) -> None:
+        """Pass on the load of a replica, if other requests run or wait there."""
+        report = self._report(self._replicas[number])
+        counts = report.num_running, report.num_waiting
+        if counts != self._counts[number]:
+            self._counts[number] = counts
+            if self._hears_after_s:
+                self._at(
+                    now + self._hears_after_s, lambda _: self._router.load_told(number, report)
+                )
+            else:
+                self._router.load_told(number, report)
+
     def _poll(self, now: float) -> None:
         if self._num_ended == len(self._trace.requests):
             return
-        reports = [replica.report() for replica in self._replicas]
+        reports = [self._report(replica) for replica in self._replicas]
         if self._hears_after_s:
             self._at(now + self._hears_after_s, lambda _: self._router.polled(reports))
         else:

@@ -170,7 +170,17 @@ class SimReplica:
             num_waiting=len(self.waiting),
             kv_usage=cache.used_blocks / cache.capacity_blocks,
             kv_capacity_tokens=cache.capacity_blocks * self._block_tokens,
+            queued_tokens=self._queued_tokens(),
         )
+
+    def _queued_tokens(self) -> int:
+        """Tokens of prompts that are left to compute; of those that wait, by what is cached now."""
+        total = sum(job.uncached_tokens for job in self._prefilling)
+        for job in self.waiting:
+            num_tokens = job.request.prompt_tokens
+            cached = self._cache.peek(job.request.block_ids) * self._block_tokens
+            total += max(1, num_tokens - cached)
+        return total
 
     def take_news(self) -> list[KvEvent]:
         """What it tells of its blocks since this was asked last."""

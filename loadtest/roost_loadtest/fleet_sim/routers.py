@@ -31,6 +31,7 @@ from roost_router.fleet.fleet import Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement, Placer
+from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
     from roost_loadtest.fleet_sim.replica import Job, SimReplica
@@ -69,6 +70,10 @@ class Router(Protocol):
 
     def polled(self, reports: Sequence[LoadReport]) -> None:
         """What all replicas reported of themselves, in order."""
+        ...
+
+    def load_told(self, replica: int, report: LoadReport) -> None:
+        """What a replica tells of its load unasked."""
         ...
 
     def told(self, replica: int, events: list[KvEvent]) -> None:
@@ -186,6 +191,19 @@ class RealRouters:
             for replica, report in zip(placer.fleet.replicas, reports, strict=True):
                 placer.fleet.answered(replica, [_MODEL], report)
 
+    def load_told(self, replica: int, report: LoadReport) -> None:
+        """As the streams of events of our engine, in all routers at once."""
+        capacity = report.kv_capacity_tokens or 0
+        load = ToldLoad(
+            report.num_running or 0,
+            report.num_waiting or 0,
+            int((report.kv_usage or 0.0) * capacity),
+            capacity,
+            report.queued_tokens or 0,
+        )
+        for placer in self.placers:
+            placer.fleet.load_told(placer.fleet.replicas[replica], load)
+
     def told(self, replica: int, events: list[KvEvent]) -> None:
         """As the streams of events, in all routers at once."""
         for view in self._views:
@@ -233,6 +251,9 @@ class LeastWaitRouter:
         """Nothing to learn."""
 
     def polled(self, reports: Sequence[LoadReport]) -> None:
+        """Nothing to learn."""
+
+    def load_told(self, replica: int, report: LoadReport) -> None:
         """Nothing to learn."""
 
     def told(self, replica: int, events: list[KvEvent]) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from roost_loadtest.fleet_sim.cache import BlockCache
 from roost_loadtest.fleet_sim.engine_replica import EngineReplica
-from roost_loadtest.fleet_sim.events import FleetRun
+from roost_loadtest.fleet_sim.events import FleetRun, TellsLoad
 from roost_loadtest.fleet_sim.load import time_scale, work_s
 from roost_loadtest.fleet_sim.model import StepTimes
 from roost_loadtest.fleet_sim.replica import SimReplica
@@ -43,6 +43,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_routers: int = 1
     hears_after_s: float = 0.0  # what replicas tell reaches routers so much later
     poll_interval_s: float = 1.0  # between two load reports
+    tells: TellsLoad = TellsLoad.REQUESTS
     delays: EventDelays | None = None  # of KV events; None: routers follow none
     seed: int = 0
     slo: Slo = Slo()
@@ -87,6 +88,7 @@ def sweep(
                 time_scale=scale,
                 hears_after_s=config.hears_after_s,
                 poll_interval_s=config.poll_interval_s,
+                tells=config.tells,
                 delays=config.delays if make_policy is not None else None,
                 shares_cache=make_policy is None,
                 on_progress=progress,

@@ -192,7 +192,7 @@ class Fleet:
         if known and replica.started_at != report.started_at:
             self._new_epoch(replica)
             replica.health = Health()  # another process: what the last one did is past
-        _take_in(replica, report, replica.num_in_flight)
+        _take_in(replica, report, replica.num_in_flight, replica.queued_tokens)
         if replica.num_others > MIN_OTHERS:
             self.others_seen = True
         if report.started_at is not None:  # a page that lacks it once does not unmake it
@@ -200,16 +200,20 @@ class Fleet:
         if report.kv_capacity_tokens is not None:
             replica.kv_capacity_tokens = report.kv_capacity_tokens
 
-    def load_told(self, replica: Replica, load: ToldLoad, num_ended: int = 0) -> None:
+    def load_told(
+        self, replica: Replica, load: ToldLoad, num_ended: int = 0, done_tokens: int = 0
+    ) -> None:
         """`replica` told its load without being asked, which is as good as a poll.
 
-        `num_ended`: of our requests in flight there, those that it counts no more.
+        `num_ended`: of our requests in flight there, those that it counts no more. `done_tokens`:
+        of our uncached tokens queued there, those that it has computed.
 
         It comes with each answer, and news of ends may overtake it: what is seen once in a thousand
         times does not prove that there are others.
         """
         report = replica.report.with_load(load)
-        _take_in(replica, report, replica.num_in_flight - num_ended)
+        queued_tokens = replica.queued_tokens - done_tokens
+        _take_in(replica, report, replica.num_in_flight - num_ended, queued_tokens)
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
@@ -298,8 +302,9 @@ class Fleet:
         return int(tokens * self.bytes_per_token(model))
 
 
-def _take_in(replica: Replica, report: LoadReport, num_ours: int) -> None:
-    """What a replica says of itself. `num_ours`: of its requests, those of this router."""
+def _take_in(replica: Replica, report: LoadReport, num_ours: int, tokens_ours: int) -> None:
+    """What a replica says of itself. `..._ours`: of its requests and of what is queued, ours."""
     replica.report = report
     num_reported = (report.num_running or 0) + (report.num_waiting or 0)
     replica.num_others = max(0, num_reported - num_ours)
+    replica.others_told(report.queued_tokens, tokens_ours)

@@ -70,6 +70,9 @@ class Replica:
         self.num_in_flight = 0
         self.num_decoding = 0
         self.num_others = 0  # requests of others there, as of its last report
+        self._others_tokens = 0  # of their prompts, to be computed here, as told ...
+        self._others_since: float | None = None  # ... and since when they are taken to drain
+        self.tells_queue = False
         self._recent_tokens = 0.0
         self._recent_at = 0.0
         self._draining_tokens = 0.0  # of queued_tokens, taken to be left at _draining_at
@@ -91,6 +94,24 @@ class Replica:
     def recent_uncached_tokens(self, now: float) -> float:
         """Prefill work placed here, faded to `now` (seconds)."""
         return self._recent_tokens * exp(-max(0.0, now - self._recent_at) / RECENT_S)
+
+    def others_told(self, queued_tokens: int | None, tokens_ours: int) -> None:
+        """It has so many tokens of prompts to compute, and so many of ours; None: it tells not."""
+        self.tells_queue = queued_tokens is not None
+        self._others_tokens = max(0, (queued_tokens or 0) - tokens_ours)
+        self._others_since = None
+
+    def others_tokens(self, tokens_per_s: float, now: float) -> int:
+        """What is left of the prompts of others, taken to be computed since it was told.
+
+        That was before it is first looked at, by as much as news takes: moments, mostly, and whoever
+        tells has no clock of ours.
+        """
+        if not self._others_tokens:
+            return 0
+        if self._others_since is None:
+            self._others_since = now - self.news_lag_s
+        return max(0, int(self._others_tokens - tokens_per_s * (now - self._others_since)))
 
     def slot_wait_s(self) -> float:
         """Seconds until one more request can run; 0 where there is room, or it is not told.

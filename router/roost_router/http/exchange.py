@@ -582,9 +582,14 @@ class Exchange:
 
     def _hear_load(self, load: ToldLoad, *, is_running: bool) -> None:
         """What the leg's replica has to do. `is_running`: this request is part of it."""
-        assert self._placement is not None
-        fleet = self._service.placer.fleet
-        fleet.load_told(self._placement.replica, load, num_ended=0 if is_running else 1)
+        placement = self._placement
+        assert placement is not None
+        self._service.placer.fleet.load_told(
+            placement.replica,
+            load,
+            num_ended=0 if is_running else 1,
+            done_tokens=0 if placement.is_decoding else placement.uncached_tokens,
+        )
 
     def _learn(self, prompt_tokens: int | None, cached_tokens: int | None) -> None:
         """What a leg told of the prompt; the first leg's word is the client's."""

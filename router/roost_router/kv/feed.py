@@ -312,9 +312,10 @@ class Feed:
         self._held[sequence] = batch
         for number in sorted(held for held in self._held if held <= sequence):
             assert self._next is not None
-            self._times.extend([None] * min(number - self._next, _NUM_REMEMBERED))
-            self._next = number
-            self._lose(Reason.GAP, now)
+            if number > self._next:
+                self._times.extend([None] * min(number - self._next, _NUM_REMEMBERED))
+                self._next = number
+                self._lose(Reason.GAP, now)
             self._apply(self._held.pop(number), now)
 
     def _give_up(self, now: float) -> None:
@@ -371,6 +372,9 @@ class Feed:
             self._num_resyncs = 0
 
     def _lose(self, reason: Reason, now: float) -> None:
+        """Something was not heard, and will not be."""
+        if reason is not Reason.LATE_JOIN:
+            self._effects.append(DropAll())  # removals may be among it
         if self._loss is not reason:
             self.losses[reason] += 1
         self._loss, self._lost_at = reason, now

@@ -1,11 +1,12 @@
 """Puts the blocks of one stream into the token index, under a holder of its own. Pure.
 
-A replica that begins anew, or whose stream is learnt anew, gets another holder: dropping the old
-one is O(1). Requests look up the holders of replicas by `holder`, which changes then.
+A replica that begins anew, whose stream is learnt anew, or of which events were lost for good, gets
+another holder: dropping the old one is O(1). Requests look up the holders of replicas by `holder`,
+which changes then.
 
-So it does where events were lost for good: removals may be among them, and what the index has must
-be true. It is then less than the replica has (as after a late join), until the replica tells again
-what it reuses, clears its cache, or sends a snapshot.
+Where events were lost, removals may be among them, and what the index has must be true. It is then
+less than the replica has (as after a late join), until the replica tells again what it reuses,
+clears its cache, or sends a snapshot.
 
 Not here: what a lookup is worth at which trust (told_residency.py).
 """
@@ -66,10 +67,7 @@ class TokenSink:
 
     def trust_changed(self, trust: Trust, reason: Reason) -> None:
         """From now on what was told can be relied upon so far."""
-        is_new = (trust, reason) != (self._trust, self.reason)
         self._trust, self.reason = trust, reason
-        if is_new and trust is Trust.APPROXIMATE and reason is not Reason.LATE_JOIN:
-            self.drop_all()
         self._changed()
 
     def report_reuse(self, *, is_asked: bool) -> None:

@@ -17,6 +17,7 @@ hot prefix costs nothing and is worth something.
 The exponent is for other routers: of the queues that they cause nothing is seen here, but replicas
 tell how many requests they have, and that of `all` requests there only so many are ours. Where we
 see the queues of one in four requests, a replica without one of ours may well have one of theirs.
+Our own engine tells what it has to compute: there, theirs are among queued_i.
 
 The last term is its decoding: a step takes decode_s longer for each stream that is running, and
 DECODE_STEPS of them count. Of a few hundred that an answer has, since a second more of decoding is
@@ -130,7 +131,8 @@ def price(candidates: list[Candidate]) -> float:
     num_busy = num_ours = num_others = 0
     for candidate in candidates:
         num_ours += candidate.num_in_flight
-        num_others += candidate.num_others
+        if not candidate.tells_queue:
+            num_others += candidate.num_others
         if candidate.queued_tokens > 0:
             num_busy += 1
     share = num_busy / len(candidates)

@@ -38,13 +38,14 @@ class Candidate:
         wait_scale: float = 1.0,
         is_told: bool = False,
         num_others: int = 0,
+        tells_queue: bool = False,
         slot_wait_s: float = 0.0,
         prompt_key: int = 0,
     ) -> None:
         self.name: Final = name
         self.matched_tokens: Final = matched_tokens  # of this prompt, believed in its KV cache
         self.uncached_tokens: Final = uncached_tokens  # of this prompt, to be computed there
-        #: Uncached tokens of requests placed there before, not yet computed.
+        #: Uncached tokens of requests placed there before, not yet computed; see tells_queue.
         self.queued_tokens: Final = queued_tokens
         self.num_decoding: Final = num_decoding  # streams running
         self.prefill_tokens_per_s: Final = prefill_tokens_per_s
@@ -64,6 +65,7 @@ class Candidate:
         #: By how much shorter than predicted waits there have turned out to be; at most 1.
         self.wait_scale: Final = wait_scale
         self.num_others: Final = num_others  # requests of others there, as last reported
+        self.tells_queue: Final = tells_queue  # their uncached tokens are among queued_tokens
         self.slot_wait_s: Final = slot_wait_s  # until it can run one more, 0 where it can
         self.is_told: Final = is_told  # most of matched_tokens, by its KV events
         self.is_thin: Final = is_thin  # its cache holds far less than the others' (slow_start.py)
