@@ -104,7 +104,7 @@ class Replica:
     def others_tokens(self, tokens_per_s: float, now: float) -> int:
         """What is left of the prompts of others, taken to be computed since it was told.
 
-        That was before it is first looked at, by as much as news takes: moments, mostly, and whoever
+        That was before it is first looked at, by as much as news takes: moments, mostly, and who
         tells has no clock of ours.
         """
         if not self._others_tokens:
