@@ -363,7 +363,8 @@ MUTANTS = (
         "self.queued_tokens -= uncached_tokens",
         "pass",
         ("broken_before_head",),
-        under="def release(self, uncached_tokens: int, prompt_tokens: int, *, decoding: bool) -> None:",
+        under="def release(self, uncached_tokens: int, prompt_tokens: int, *, "
+        "decoding: bool) -> None:",
     ),
     Mutant(
         f"{_FLEET}.fleet",
