@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -39,7 +40,15 @@ async def publisher() -> AsyncIterator[KvPublisher]:
 
 @pytest.fixture
 async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+    """Closes its sockets; the garbage collector, if it came first, would warn of them."""
+    kept: list[zmq.asyncio.Socket] = []
+
+    class Keeping(zmq.asyncio.Context):
+        def socket(self, *args: Any, **options: Any) -> zmq.asyncio.Socket:
+            kept.append(super().socket(*args, **options))
+            return kept[-1]
+
+    context = Keeping()
     yield context
     context.destroy(linger=0)
 
