@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from random import Random
 
 import pytest
 from click.testing import CliRunner
+from fleet_play import chats, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,18 +37,6 @@ def model(kv_tokens: int = 64_000, times: StepTimes = PLAIN) -> SimReplica:
 def job(number: int, prompt: int, out: int, ids: tuple[int, ...] = (), at: float = 0.0) -> Job:
     request = Request(prompt, out, ids, at)
     return Job(number, request, Trace("t", BLOCK, []).num_private(request), at)
-
-
-def play(replica: Replica, jobs: list[Job]) -> list[tuple[float, Happened, int]]:
-    """Drive `replica` through `jobs`, which are in order of arrival."""
-    happened, coming = [], list(jobs)
-    while coming or replica.ends_s is not None:
-        if coming and (replica.ends_s is None or coming[0].arrived_s < replica.ends_s):
-            replica.submit(coming[0], coming.pop(0).arrived_s)
-            continue
-        now = replica.ends_s
-        happened += [(round(now, 9), what, j.number) for what, j in replica.step(now)]
-    return happened
 
 
 def test_one_request_alone():
@@ -155,25 +143,13 @@ def test_it_keeps_no_events_that_nobody_takes():
     assert replica.take_news() == []
 
 
-def chats(num_chats: int = 30) -> Trace:
-    """Conversations side by side: each turn extends the one before it by four blocks."""
-    rng, requests = Random(0), []
-    for chat in range(num_chats):
-        at = rng.uniform(0.0, 20.0)
-        for turn in range(6):
-            ids = tuple(1000 * (chat + 1) + place for place in range(40 + 8 * turn))
-            requests.append(Request(len(ids) * BLOCK, rng.randrange(1, 60), ids, at))
-            at += rng.expovariate(0.2)
-    return Trace("chats", BLOCK, sorted(requests, key=lambda request: request.arrives_s))
-
-
 @pytest.mark.parametrize("kv_tokens", [50_000, 1_000_000])
 @pytest.mark.parametrize("time_scale", [1.0, 0.4])
 def test_both_replicas_agree_on_a_trace(kv_tokens, time_scale):
     """Idle and busy, with a memory that holds all prompts and one that holds a third of them."""
 
     def figures(replica: Replica) -> tuple[float, float, float]:
-        trace = chats()
+        trace = chats(BLOCK, num_chats=30, first_blocks=40, blocks_a_turn=8)
         jobs = [
             Job(number, request, trace.num_private(request), request.arrives_s * time_scale)
             for number, request in enumerate(trace.requests)
@@ -190,7 +166,7 @@ def test_both_replicas_agree_on_a_trace(kv_tokens, time_scale):
 
 def test_in_a_memory_that_is_always_short_every_request_ends_once():
     """Requests of up to 5,180 tokens in a memory of 6,000."""
-    trace = chats()
+    trace = chats(BLOCK, num_chats=30, first_blocks=40, blocks_a_turn=8)
     jobs = [job(n, r.prompt_tokens, 60, r.block_ids) for n, r in enumerate(trace.requests)]
 
     happened = play(engine(6_000, REAL), jobs)
@@ -203,7 +179,7 @@ def test_in_a_memory_that_is_always_short_every_request_ends_once():
 def trace_file(tmp_path):
     path = tmp_path / "chats.jsonl"
     with path.open("w") as file:
-        for one in chats().requests:
+        for one in chats(BLOCK, num_chats=30, first_blocks=40, blocks_a_turn=8).requests:
             line = {"t": one.arrives_s * 1e3, "in": one.prompt_tokens, "out": one.output_tokens}
             file.write(json.dumps(line | {"hash_ids": one.block_ids, "block": BLOCK}) + "\n")
     return str(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fleet_play import play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,18 +20,6 @@ PLAIN = StepTimes(token_s=0.001, pair_s=0.0, step_s=0.010, context_s=0.0, chunk_
 def job(number: int, prompt: int, out: int, ids: tuple[int, ...] = (), at: float = 0.0) -> Job:
     num_private = -(-(prompt + out) // BLOCK) - len(ids)
     return Job(number, Request(prompt, out, ids, at), num_private, at)
-
-
-def play(replica: SimReplica, jobs: list[Job]) -> list[tuple[float, Happened, int]]:
-    """Drive `replica` through `jobs`, which are in order of arrival."""
-    happened, coming = [], list(jobs)
-    while coming or replica.ends_s is not None:
-        if coming and (replica.ends_s is None or coming[0].arrived_s < replica.ends_s):
-            replica.submit(coming[0], coming.pop(0).arrived_s)
-            continue
-        now = replica.ends_s
-        happened += [(round(now, 9), what, j.number) for what, j in replica.step(now)]
-    return happened
 
 
 def make(capacity_blocks: int = 1000, times: StepTimes = PLAIN) -> SimReplica:

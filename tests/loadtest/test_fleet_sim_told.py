@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from random import Random
 
 import pytest
 from click.testing import CliRunner
+from fleet_play import chats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -231,18 +231,6 @@ def test_events_are_late_by_their_delay_or_that_of_all_news(
     assert heard_s == [pytest.approx(expected_s)]
 
 
-def chats(seed: int = 0) -> Trace:
-    """Conversations side by side: each turn extends the one before it by four blocks."""
-    rng, requests = Random(seed), []
-    for chat in range(40):
-        at = rng.uniform(0.0, 20.0)
-        for turn in range(6):
-            ids = tuple(1000 * (chat + 1) + place for place in range(20 + 4 * turn))
-            requests.append(Request(len(ids) * BLOCK, rng.randrange(1, 60), ids, at))
-            at += rng.expovariate(0.2)
-    return Trace("chats", BLOCK, sorted(requests, key=lambda request: request.arrives_s))
-
-
 @pytest.fixture
 def trace_file(tmp_path):
     def write(trace: Trace):
@@ -272,7 +260,10 @@ def figures(*arguments: str) -> dict[str, float]:
 
 
 def test_four_routers_hit_most_if_they_know_tokens_first(trace_file):
-    path, common = trace_file(chats()), ("--routers", "4", "--replicas", "4", "--load", "0.5")
+    path, common = (
+        trace_file(chats(BLOCK, num_chats=40, first_blocks=20, blocks_a_turn=4)),
+        ("--routers", "4", "--replicas", "4", "--load", "0.5"),
+    )
 
     blind = figures(path, *common)
     told = figures(path, *common, "--knows", "events")
@@ -282,7 +273,7 @@ def test_four_routers_hit_most_if_they_know_tokens_first(trace_file):
 
 
 def test_the_bound_is_the_same_with_events(trace_file):
-    path = trace_file(chats())
+    path = trace_file(chats(BLOCK, num_chats=40, first_blocks=20, blocks_a_turn=4))
 
     def bound(*more: str) -> dict[str, float]:
         arguments = ["sim", path, "--replicas", "2", "--policy", "round-robin", "--json", *more]

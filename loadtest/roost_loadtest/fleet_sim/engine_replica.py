@@ -89,8 +89,11 @@ class EngineReplica:
             num_waiting=scheduler.num_waiting,
             kv_usage=scheduler.pool.usage,
             kv_capacity_tokens=self._kv_capacity_tokens,
-            queued_tokens=scheduler.load.queued_tokens,
         )
+
+    def queued_tokens(self) -> int:
+        """As it tells routers. O(prefills under way)."""
+        return self._twin.scheduler.load.queued_tokens
 
     def take_news(self) -> list[KvEvent]:
         """KV events since this was asked last."""

@@ -71,7 +71,7 @@ class FleetRun:
         self._hears_after_s = hears_after_s
         self._poll_interval_s = poll_interval_s
         self._tells = tells
-        self._counts: list[tuple[int | None, int | None]] = [(0, 0)] * len(replicas)  # as told
+        self._counts: list[tuple[int, int]] = [(0, 0)] * len(replicas)  # as told
         self._delays = delays
         self._shares_cache = shares_cache
         self._on_progress = on_progress
@@ -194,11 +194,15 @@ class FleetRun:
         if self._on_progress is not None and self._num_ended % PROGRESS_EVERY == 0:
             self._on_progress(self._num_ended)
 
-    def _tell(self, what: Happened, job: Job, at: float) -> None:
+    def _pass_on(self, at: float, hear: Callable[[float], None]) -> None:
+        """Routers hear of what happened at this moment: at once, or as late as all news."""
         if self._hears_after_s:
-            self._at(at + self._hears_after_s, lambda now: self._hear(what, job, at, now))
+            self._at(at + self._hears_after_s, hear)
         else:
-            self._hear(what, job, at, at)
+            hear(at)
+
+    def _tell(self, what: Happened, job: Job, at: float) -> None:
+        self._pass_on(at, lambda now: self._hear(what, job, at, now))
 
     def _hear(self, what: Happened, job: Job, at: float, now: float) -> None:
         hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
@@ -209,28 +213,21 @@ class FleetRun:
     def _report(self, replica: Replica) -> LoadReport:
         report = replica.report()
         if self._tells is TellsLoad.REQUESTS:
-            return structs.replace(report, queued_tokens=None)
-        return report
+            return report
+        return structs.replace(report, queued_tokens=replica.queued_tokens())
 
     def _tell_load(self, number: int, now: float) -> None:
         """Pass on the load of a replica, if other requests run or wait there."""
-        report = self._report(self._replicas[number])
-        counts = report.num_running, report.num_waiting
+        replica = self._replicas[number]
+        counts = replica.num_requests, replica.num_waiting
         if counts != self._counts[number]:
             self._counts[number] = counts
-            if self._hears_after_s:
-                self._at(
-                    now + self._hears_after_s, lambda _: self._router.load_told(number, report)
-                )
-            else:
-                self._router.load_told(number, report)
+            report = self._report(replica)
+            self._pass_on(now, lambda _: self._router.load_told(number, report))
 
     def _poll(self, now: float) -> None:
         if self._num_ended == len(self._trace.requests):
             return
         reports = [self._report(replica) for replica in self._replicas]
-        if self._hears_after_s:
-            self._at(now + self._hears_after_s, lambda _: self._router.polled(reports))
-        else:
-            self._router.polled(reports)
+        self._pass_on(now, lambda _: self._router.polled(reports))
         self._at(now + self._poll_interval_s, self._poll)

@@ -116,7 +116,11 @@ class Replica(Protocol):
         ...
 
     def report(self) -> LoadReport:
-        """What its metrics page says."""
+        """What its metrics page says, as vLLM's does."""
+        ...
+
+    def queued_tokens(self) -> int:
+        """Tokens of prompts that are left to compute, of those that wait what is not cached."""
         ...
 
     def take_news(self) -> list[KvEvent]:
@@ -170,17 +174,19 @@ class SimReplica:
             num_waiting=len(self.waiting),
             kv_usage=cache.used_blocks / cache.capacity_blocks,
             kv_capacity_tokens=cache.capacity_blocks * self._block_tokens,
-            queued_tokens=self._queued_tokens(),
         )
 
-    def _queued_tokens(self) -> int:
+    def queued_tokens(self) -> int:
         """Tokens of prompts that are left to compute; of those that wait, by what is cached now."""
         total = sum(job.uncached_tokens for job in self._prefilling)
         for job in self.waiting:
-            num_tokens = job.request.prompt_tokens
-            cached = self._cache.peek(job.request.block_ids) * self._block_tokens
-            total += max(1, num_tokens - cached)
+            total += job.request.prompt_tokens - self._cached_tokens(job)
         return total
+
+    def _cached_tokens(self, job: Job) -> int:
+        """Of a request that came now; its last token is always computed. O(blocks)."""
+        cached = self._cache.peek(job.request.block_ids) * self._block_tokens
+        return min(cached, job.request.prompt_tokens - 1)
 
     def take_news(self) -> list[KvEvent]:
         """What it tells of its blocks since this was asked last."""
@@ -204,9 +210,8 @@ class SimReplica:
 
     def prefill_s(self, job: Job) -> float:
         """Seconds of prefill of a request that came now, alone. O(blocks)."""
-        num_tokens = job.request.prompt_tokens
-        cached = min(self._cache.peek(job.request.block_ids) * self._block_tokens, num_tokens - 1)
-        return self._times.prefill_s(num_tokens - cached, cached)
+        cached = self._cached_tokens(job)
+        return self._times.prefill_s(job.request.prompt_tokens - cached, cached)
 
     def chunk_s(self) -> float:
         """Seconds of a whole chunk at the start of a prompt."""
