@@ -170,20 +170,21 @@ class EngineCore:
         Those on their way to the scheduler are counted, except while the thread takes them over:
         an estimate, which nothing is decided by.
         """
-        on_their_way = sum(isinstance(message, Request) for message in self._inbox)
-        return on_their_way + self.scheduler.num_waiting
+        return len(self._on_their_way()) + self.scheduler.num_waiting
 
     @property
     def load(self) -> ToldLoad:
         """What is to be done, those on their way to the scheduler included; as `num_waiting`."""
-        on_their_way = [message for message in self._inbox if isinstance(message, Request)]
-        load = self.scheduler.load
+        on_their_way, load = self._on_their_way(), self.scheduler.load
         num_tokens = sum(len(request.token_ids) for request in on_their_way)
         return msgspec.structs.replace(
             load,
             num_waiting=load.num_waiting + len(on_their_way),
             queued_tokens=load.queued_tokens + num_tokens,
         )
+
+    def _on_their_way(self) -> list[Request]:
+        return [message for message in self._inbox if isinstance(message, Request)]
 
     def check_alive(self) -> None:
         """EngineDeadError if a step has raised, also after `stop`."""

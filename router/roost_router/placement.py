@@ -422,15 +422,16 @@ class Placer:
             self._correct(placement, cached_tokens, density)
 
     def _learn_kept(self, placement: Placement, cached_tokens: int, density: float) -> None:
+        """Blocks were matched, each of which has tokens: 256 bytes of plausible density."""
         kept, ended = placement.replica.kept, placement.ended_stamps
         believed_tokens = int(chain_bytes(placement.matched_blocks) / density)
-        if ended is not None and believed_tokens:
+        if ended is not None:
             ended_tokens = int(chain_bytes(len(ended)) / density)
-            if ended_tokens:
+            if ended:
                 kept.learn_ended(ended_tokens, cached_tokens)
             if placement.is_after_running and 2 * ended_tokens < believed_tokens:
                 kept.learn_running(believed_tokens, cached_tokens)
-        self.fleet.learn_kept(placement.replica, max(1, believed_tokens), cached_tokens)
+        self.fleet.learn_kept(placement.replica, believed_tokens, cached_tokens)
 
     def finish(self, placement: Placement, now: float, num_events: int = 0) -> None:
         """The request left: answered, failed or aborted. Idempotent.

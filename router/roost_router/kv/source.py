@@ -24,6 +24,7 @@ from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec import structs
 
 from roost_router.replica_url import ReplicaUrlError, check_replica_url
 
@@ -74,10 +75,7 @@ class _VllmSources(msgspec.Struct):
     sources: list[_VllmSource]
 
 
-class _VllmConfig(msgspec.Struct):
-    endpoint: str | None = None
-    replay_endpoint: str | None = None
-    topic: str = ""
+class _VllmConfig(_VllmSource):
     publisher: str | None = "zmq"
     enable_kv_cache_events: bool = True
 
@@ -133,7 +131,7 @@ def _by_rank(body: bytes) -> list[_VllmSource] | None:
     except msgspec.ValidationError:
         return None
     return [
-        _VllmSource(config.endpoint, config.replay_endpoint, config.topic, rank)
+        structs.replace(config, data_parallel_rank=rank)
         for rank, config in configs.items()
         if config.enable_kv_cache_events and config.publisher == "zmq"
     ]
