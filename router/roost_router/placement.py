@@ -11,10 +11,9 @@ simulator and the tests drive the same object with their own clock:
 What is learnt. *Bytes per token*, an average by model, turns block counts into tokens.
 `cached_tokens` corrects the index: if a block that we believed resident was not, then with
 least-recently-used eviction all blocks of that replica touched no later than it are gone as
-well. Two guards keep that deduction true. Only *settled* blocks count, whose placement had seen
-its first byte before this one was made: a sibling that is still being prefilled is not evicted,
-only late. And density varies within a prompt, so the cached tokens are taken to be as many
-bytes as they may plausibly be.
+well. Two guards keep that deduction true. Expected blocks do not count: what is still being
+prefilled is not evicted, only late. And density varies within a prompt, so the cached tokens are
+taken to be as many bytes as they may plausibly be.
 
 A request that is not streamed shows nothing between its arrival and its end, so its prefill is
 taken to be over when the fitted speed says so.
@@ -131,8 +130,7 @@ class Placement:
         matched_stamps: list[int],
         ended_stamps: list[int] | None,
         is_after_running: bool,
-        stamp: int,
-        oldest_pending: int,
+        number: int,
         unseen_kind: int | None,
         now: float,
     ) -> None:
@@ -142,7 +140,8 @@ class Placement:
         self.model: Final = fields.model
         self.decision: Final = decision
         self.candidates: Final = candidates
-        self.stamp: Final = stamp
+        self.number: Final = number  # in the order of placements
+        self.stamp = 0  # in the index, from the first byte on
         self.placed_at: Final = now  # seconds, monotonic
         self.prompt_bytes: Final = len(fields.prompt)
         self.matched_tokens: Final = chosen.matched_tokens  # predicted
@@ -160,14 +159,12 @@ class Placement:
         self.prefilled_at: Final = now + self.work_tokens / speed
         self.holder: Final = replica.holder  # epoch of the replica at decision time
         self.chain: Final = fields.chain
-        self.matched_blocks: Final = matched_blocks
-        self.matched_stamps: Final = matched_stamps  # of the blocks before this placement
+        self.matched_blocks: Final = matched_blocks  # expected ones included
+        self.matched_stamps: Final = matched_stamps  # of those that were held, before this
         #: Of those that requests computed which ended since; None: these are not told apart.
         self.ended_stamps: Final = ended_stamps
         #: The last that had all of the matched blocks was running.
         self.is_after_running: Final = is_after_running
-        #: Oldest placement of this replica still without a first byte.
-        self.oldest_pending: Final = oldest_pending
         self.unseen_kind: Final = unseen_kind  # None: no block of it was unknown
         self.first_byte_at: float | None = None
         self.ttft_s: float | None = None  # of a stream; None again once it was observed
@@ -207,6 +204,7 @@ class Placer:
         self._make_policy = make_policy
         self._policies: dict[str, Policy] = {}  # by model
         self._rng = rng
+        self._num_placed = 0
         self._stamp = 0
         self._unseen_by_model: dict[str, Unseen] = {}
         self._pending: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
@@ -334,12 +332,13 @@ class Placer:
         """
         fields = options.fields
         chain, replica = fields.chain, options.replicas[decision.chosen]
-        self._stamp = stamp = self._stamp + 1
-        pending, holder = self._pending[replica.name], replica.holder
+        self._num_placed = number = self._num_placed + 1
+        holder = replica.holder
         matched_blocks = options.depths.get(holder, 0)
         matched_stamps: list[int] = []
         if matched_blocks:
-            matched_stamps = self.index.stamps(holder, chain[:matched_blocks])
+            num_held = self.index.num_held(holder, chain, matched_blocks)
+            matched_stamps = self.index.stamps(holder, chain[:num_held])
         ended_stamps: list[int] | None = None
         if replica.ended_holder is not None:
             ended_blocks = min(matched_blocks, options.depths.get(replica.ended_holder, 0))
@@ -353,16 +352,15 @@ class Placer:
             matched_stamps,
             ended_stamps,
             bool(matched_stamps) and matched_stamps[-1] in self._running[replica.name],
-            stamp,
-            next(iter(pending), stamp),
+            number,
             options.unseen_kinds[decision.chosen] if options.unseen_kinds else None,
             now,
         )
-        pending[stamp] = placement
+        self._pending[replica.name][number] = placement
         if not fields.stream:
-            self._silent[replica.name][stamp] = placement
+            self._silent[replica.name][number] = placement
         if chain:
-            self.index.add(holder, chain, stamp)
+            self.index.expect(holder, chain, len(matched_stamps))
         tokens_per_s = options.candidates[decision.chosen].prefill_tokens_per_s
         replica.reserve(placement.uncached_tokens, placement.prompt_tokens, tokens_per_s, now)
         replica.health.placed(now)
@@ -376,10 +374,12 @@ class Placer:
         replica = placement.replica
         self._start_decoding(placement, now)
         self._settle(placement)
-        self._running[replica.name].add(placement.stamp)
+        placement.stamp = stamp = self._next_stamp()
+        self._running[replica.name].add(stamp)
         if self.told is not None:
-            self.told.settled(replica.name, placement.stamp, now)
-        if placement.holder == replica.holder:
+            self.told.settled(replica.name, stamp, now)
+        if placement.holder == replica.holder and placement.chain:
+            self.index.add(placement.holder, placement.chain, stamp)
             self.index.trim(placement.holder)
         if streamed:
             placement.ttft_s = now - placement.placed_at
@@ -441,14 +441,10 @@ class Placer:
         if placement.is_finished:
             return
         placement.is_finished = True
-        self._silent[placement.replica.name].pop(placement.stamp, None)
+        self._silent[placement.replica.name].pop(placement.number, None)
         replica, first_at = placement.replica, placement.first_byte_at
         if first_at is None:
             self._settle(placement)
-            if placement.holder == replica.holder:  # it may never have been computed
-                self.index.undo(
-                    placement.holder, placement.chain, placement.matched_blocks, placement.stamp
-                )
         else:
             self._observe_ttft(placement, placement.uncached_tokens)
             if placement.fields.stream:
@@ -472,15 +468,17 @@ class Placer:
         density: float,
         now: float,
     ) -> int:
-        """Tokens of a prompt that are being computed there, so that no event tells of them yet."""
-        depth = depths.get(replica.holder, 0)
+        """Tokens of a prompt that are being computed there, or just were: no event tells of them.
+        """
+        holder = replica.holder
+        depth = depths.get(holder, 0)
         if not depth:
             return 0
         assert self.told is not None
-        pending = next(iter(self._pending[replica.name]), self._stamp + 1)
-        since = self.told.untold_since(replica.name, pending, now)
-        num_blocks = self.index.num_since(replica.holder, chain, depth, since)
-        return int(chain_bytes(num_blocks) / density) if num_blocks else 0
+        if self.index.num_held(holder, chain, depth) == depth:
+            since = self.told.untold_since(replica.name, now)
+            depth = self.index.num_since(holder, chain, depth, since)
+        return int(chain_bytes(depth) / density) if depth else 0
 
     def _assume_prefilled(self, silent: dict[int, Placement], now: float) -> None:
         """Count requests that are not streamed as decoding once their prefill must be over."""
@@ -533,12 +531,20 @@ class Placer:
         holder = replica.ended_holder
         if holder is None or placement.first_byte_at is None or placement.holder != replica.holder:
             return
-        self._stamp += 1
-        index.add(holder, placement.chain, self._stamp)
+        index.add(holder, placement.chain, self._next_stamp())
         index.trim(holder)
 
+    def _next_stamp(self) -> int:
+        self._stamp += 1
+        return self._stamp
+
     def _settle(self, placement: Placement) -> None:
-        self._pending[placement.replica.name].pop(placement.stamp, None)
+        replica = placement.replica
+        if self._pending[replica.name].pop(placement.number, None) is None:
+            return
+        if placement.holder == replica.holder:
+            num_held = len(placement.matched_stamps)
+            self.index.unexpect(placement.holder, placement.chain, num_held)
 
     def _correct(self, placement: Placement, cached_tokens: int, density: float) -> None:
         """Drop what the replica must have evicted, if it had less than we believed.
@@ -554,8 +560,6 @@ class Placer:
         first, ended = num_whole_blocks(cached_bytes), placement.ended_stamps
         if ended is not None and first < len(ended) and replica.ended_holder is not None:
             self.index.forget_older(replica.ended_holder, ended[first])
-        if first >= placement.matched_blocks or replica.kept.is_by_slot:
-            return  # all is there; or a running request has it, and keeps it to itself
-        missing = placement.matched_stamps[first]
-        if missing < placement.oldest_pending:
-            self.index.forget_older(placement.holder, missing)
+        if first < len(placement.matched_stamps) and not replica.kept.is_by_slot:
+            # Else all is there, or a running request has it, and keeps it to itself.
+            self.index.forget_older(placement.holder, placement.matched_stamps[first])

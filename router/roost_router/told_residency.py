@@ -11,8 +11,7 @@ data-parallel ranks of a replica the one that holds most counts: which of them c
 the replica's choice, and it knows them, too.
 
 Events come after the fact, so they do not tell what is being computed. `untold_since` says which
-placements they may not have told of yet: those without a first byte, and those that had theirs less
-than NEWS_S ago. A burst of siblings is kept together by that.
+placements they may not have told of yet: those that had their first byte less than NEWS_S ago. A burst of siblings is kept together by that.
 
 Not here: how blocks of tokens are found by text (index/token_knowledge.py), streams (kv/).
 """
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Seconds after a first byte by which its blocks are told of.
 NEWS_S: Final = 0.5
+#: Above every stamp.
+NEVER: Final = 1 << 62
 #: `owned_by` of our engine, whose names of blocks are the chain hashes of the index.
 _OURS: Final = "roost"
 #: vLLM may hold a block twice under one name.
@@ -46,7 +47,7 @@ class _Lately:
 
     def __init__(self) -> None:
         self._since = 0.0
-        self._least = self._least_before = 1 << 62
+        self._least = self._least_before = NEVER
 
     def add(self, stamp: int, now: float) -> None:
         self._turn(now)
@@ -61,8 +62,8 @@ class _Lately:
         if now - self._since < NEWS_S:
             return
         is_next = now - self._since < 2.0 * NEWS_S
-        self._least_before = self._least if is_next else 1 << 62
-        self._least = 1 << 62
+        self._least_before = self._least if is_next else NEVER
+        self._least = NEVER
         self._since = now
 
 
@@ -141,13 +142,10 @@ class ToldResidency:
             lately = self._lately[replica] = _Lately()
         lately.add(stamp, now)
 
-    def untold_since(self, replica: str, oldest_pending: int, now: float) -> int:
-        """The least stamp of the placements there that events may not have told of yet.
-
-        `oldest_pending`: the least of those without a first byte.
-        """
+    def untold_since(self, replica: str, now: float) -> int:
+        """The least stamp of the placements there that events may not have told of yet."""
         lately = self._lately.get(replica)
-        return oldest_pending if lately is None else min(oldest_pending, lately.least(now))
+        return NEVER if lately is None else lately.least(now)
 
     def compare(self, model: str, replica: Replica, counted: int, reported: int) -> None:
         """A prompt has `counted` tokens by our tokenizer, and `reported` by the replica's."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from roost_router.index import prefix_index
-from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.prefix_index import Floor, PrefixIndex
 from roost_router.index.text_chain import BLOCK_BYTES, TEXT_BLOCK_BYTES, chain_bytes
 
 # Chains drawn from a small tree, so that prefixes are shared, extended and evicted a lot.
@@ -19,27 +19,43 @@ CHAINS = [
 
 
 class Model:
-    """Who holds what, the slow way."""
+    """Who holds what, the slow way: stamps and places of blocks, and a floor."""
 
     def __init__(self):
-        self.held: dict[int, dict[int, int]] = {}
+        self.held: dict[int, dict[int, tuple[int, int]]] = {}  # block: (stamp, -place)
+        self.expected: dict[int, list[tuple[list[int], int]]] = {}
+        self.floor: dict[int, tuple[int, int]] = {}
         self.capacity: dict[int, int] = {}
 
-    def add(self, holder, chain, stamp):
-        for block in reversed(chain):
-            self.held[holder].pop(block, None)
-            self.held[holder][block] = stamp
+    def open(self, holder, capacity):
+        self.held[holder], self.expected[holder] = {}, []
+        self.floor[holder], self.capacity[holder] = (-1, 0), capacity
+
+    def add(self, holder, blocks, stamp, first=0):
+        held = self.held[holder]
+        for place, block in enumerate(blocks, first):
+            if (stamp, -place) > self.floor[holder]:
+                held[block] = max(held.get(block, (stamp, -place)), (stamp, -place))
+
+    def drop(self, holder, floor):
+        self.floor[holder] = floor = max(floor, self.floor[holder])
+        held = self.held[holder]
+        self.held[holder] = {block: key for block, key in held.items() if key > floor}
 
     def evict(self, holder):
-        held = self.held[holder]
-        while len(held) > self.capacity[holder]:
-            del held[next(iter(held))]
+        oldest = sorted(self.held[holder].values())
+        num_over = len(oldest) - self.capacity[holder]
+        if num_over > 0:
+            self.drop(holder, oldest[num_over - 1])
 
     def depths(self, chain, holders):
         found = {}
         for holder in holders:
+            there = set(self.held[holder])
+            for expected, num_held in self.expected[holder]:
+                there.update(expected[num_held:])
             depth = 0
-            while depth < len(chain) and chain[depth] in self.held[holder]:
+            while depth < len(chain) and chain[depth] in there:
                 depth += 1
             if depth:
                 found[holder] = depth
@@ -47,13 +63,16 @@ class Model:
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """With no slack for outdated entries, so that they are thinned out again and again."""
+    """With no slack for outdated entries, so that they are thinned out again and again.
+
+    Even stamps come in order, odd ones late.
+    """
 
     def __init__(self):
         super().__init__()
         self.slack, prefix_index._SLACK_BLOCKS = prefix_index._SLACK_BLOCKS, 0
         self.index, self.model, self.stamp = PrefixIndex(), Model(), 0
-        self.last: dict[int, tuple[list[int], int, int]] = {}
+        self.late: set[int] = set()
 
     def teardown(self):
         prefix_index._SLACK_BLOCKS = self.slack
@@ -63,49 +82,71 @@ class IndexMachine(RuleBasedStateMachine):
         if len(self.model.held) < 5:
             holder = self.index.open_holder(capacity * TEXT_BLOCK_BYTES)
             assert holder not in self.model.held
-            self.model.held[holder], self.model.capacity[holder] = {}, capacity
+            self.model.open(holder, capacity)
 
     def pick(self, data):
         return data.draw(st.sampled_from(sorted(self.model.held)))
 
     @precondition(lambda self: self.model.held)
-    @rule(data=st.data(), chain=st.sampled_from(CHAINS))
-    def add(self, data, chain):
+    @rule(data=st.data(), chain=st.sampled_from(CHAINS), again=st.booleans())
+    def add(self, data, chain, again):
         holder = self.pick(data)
-        depth = self.model.depths(chain, [holder]).get(holder, 0)
-        self.stamp += 1
-        self.index.add(holder, chain, self.stamp)
+        self.stamp += 2
+        for _ in range(1 + again):
+            self.index.add(holder, chain, self.stamp)
         self.model.add(holder, chain, self.stamp)
-        self.last[holder] = (chain, depth, self.stamp)
+
+    @precondition(lambda self: self.model.held)
+    @rule(data=st.data(), chain=st.sampled_from(CHAINS), back=st.integers(0, 6))
+    def add_late(self, data, chain, back):
+        holder, stamp = self.pick(data), self.stamp - 2 * back - 1
+        if stamp not in self.late:
+            self.late.add(stamp)
+            self.index.add(holder, chain, stamp)
+            self.model.add(holder, chain, stamp)
 
     @precondition(lambda self: self.model.held)
     @rule(data=st.data())
-    def undo(self, data):
-        holder = self.pick(data)
-        if holder in self.last:
-            chain, depth, stamp = self.last.pop(holder)
-            self.index.undo(holder, chain, depth, stamp)
-            held = self.model.held[holder]
-            for block in chain[depth:]:
-                if held.get(block) == stamp:
-                    del held[block]
+    def merge(self, data):
+        holder, other = self.pick(data), self.pick(data)
+        self.index.merge(holder, self.index.touches(other), self.index.floor(other))
+        self.model.drop(holder, self.model.floor[other])
+        for block, (stamp, place) in self.model.held[other].items():
+            self.model.add(holder, [block], stamp, -place)
 
     @precondition(lambda self: self.model.held)
-    @rule(data=st.data(), back=st.integers(0, 6))
-    def forget_older(self, data, back):
+    @rule(data=st.data(), chain=st.sampled_from(CHAINS))
+    def expect(self, data, chain):
         holder = self.pick(data)
-        limit = self.stamp - back
-        held = self.model.held[holder]
-        gone = [block for block, stamp in held.items() if stamp <= limit]
-        for block in gone:
-            del held[block]
-        assert len(gone) == self.index.forget_older(holder, limit)
+        matched = self.model.depths(chain, [holder]).get(holder, 0)
+        num_held = self.index.num_held(holder, chain, matched)
+        assert num_held == sum(block in self.model.held[holder] for block in chain)
+        self.index.expect(holder, chain, num_held)
+        self.model.expected[holder].append((chain, num_held))
+
+    @precondition(lambda self: self.model.held)
+    @rule(data=st.data())
+    def unexpect(self, data):
+        holder = self.pick(data)
+        expected = self.model.expected[holder]
+        if expected:
+            self.index.unexpect(holder, *expected.pop(data.draw(st.integers(0, len(expected) - 1))))
+
+    @precondition(lambda self: self.model.held)
+    @rule(data=st.data(), back=st.integers(-1, 12), keep=st.integers(0, 4))
+    def drop_below(self, data, back, keep):
+        holder, floor = self.pick(data), Floor(self.stamp - back, keep)
+        before = len(self.model.held[holder])
+        self.model.drop(holder, (floor.stamp, -floor.keep))
+        assert before - len(self.model.held[holder]) == self.index.drop_below(holder, floor)
 
     @precondition(lambda self: self.model.held)
     @rule(data=st.data())
     def trim(self, data):
         holder = self.pick(data)
-        self.index.trim(holder)
+        assert self.index.trim(holder) == (
+            len(self.model.held[holder]) > self.model.capacity[holder]
+        )
         self.model.evict(holder)
 
     @precondition(lambda self: self.model.held)
@@ -121,8 +162,7 @@ class IndexMachine(RuleBasedStateMachine):
     def retire(self, data):
         holder = self.pick(data)
         self.index.retire(holder)
-        del self.model.held[holder], self.model.capacity[holder]
-        self.last.pop(holder, None)
+        del self.model.held[holder], self.model.capacity[holder], self.model.expected[holder]
 
     @invariant()
     def agrees_with_the_model(self):
@@ -133,6 +173,8 @@ class IndexMachine(RuleBasedStateMachine):
         for holder in holders:
             held = len(self.model.held[holder])
             assert held == self.index.num_blocks(holder)
+            stamps = {block: key[0] for block, key in self.model.held[holder].items()}
+            assert list(stamps.values()) == self.index.stamps(holder, list(stamps))
             assert held * TEXT_BLOCK_BYTES == self.index.num_bytes(holder)
 
     @invariant()
@@ -208,9 +250,11 @@ def test_blocks_count_with_their_bytes():
     assert index.num_blocks(holder) == 60
     assert index.num_bytes(holder) == chain_bytes(60)
 
-    index.add(holder, chain[:61], 2)
-    index.undo(holder, chain[:61], 60, 2)
+    index.expect(holder, chain[:61], 60)
+    assert {holder: 61} == index.lookup(chain, 1 << holder)
     assert index.num_bytes(holder) == chain_bytes(60)
+    index.unexpect(holder, chain[:61], 60)
+    assert {holder: 60} == index.lookup(chain, 1 << holder)
 
     index.set_capacity(holder, chain_bytes(60) - 1)
     assert index.num_bytes(holder) == chain_bytes(60) - BLOCK_BYTES[59]
