@@ -85,7 +85,14 @@ class _InTurn(click.ParamType[tuple[Any, ...]]):
     "num_routers",
     type=click.IntRange(1, 64),
     default=1,
-    help="That share nothing; each request comes to one of them at random.",
+    help="Each request comes to one of them at random.",
+)
+@click.option(
+    "--shares-after",
+    "news_after_s",
+    type=click.FloatRange(0.0),
+    help="Seconds until routers know what the others placed, as they tell through Redis.  "
+    "[default: they share nothing]",
 )
 @click.option(
     "--stale",

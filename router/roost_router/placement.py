@@ -42,6 +42,8 @@ from roost_router.openai_request import RoutingFields
 from roost_router.policy.cost import interference
 from roost_router.policy.interface import Candidate, Decision, Policy
 from roost_router.policy.slow_start import thin
+from roost_router.shared.journal import Journal
+from roost_router.shared.stamps import Stamps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +64,8 @@ _DENSITY_SLACK = 1.5
 _TOLERANCE_BYTES = 2 * TEXT_BLOCK_BYTES
 #: Times the lag of news after which a first byte is overdue.
 _OVERDUE = 2.0
+#: A holder may have grown to so many capacities where another router is to trim it.
+_MOST_CAPACITIES: Final = 2
 _NO_DEPTHS: dict[int, int] = {}
 _NOTHING_TOLD: list[Known | None] = []
 #: Fewer events say more about the first and the last than about the pace between them.
@@ -117,6 +121,11 @@ def _matched_tokens(
     return min(matched_tokens, int(ended_bytes / density))
 
 
+def _num_decoding(replica: Replica) -> int:
+    """Streams that run there, of all routers."""
+    return replica.num_decoding + replica.shared.num_decoding + replica.num_others
+
+
 class Placement:
     """One request on one replica, from decision to end."""
 
@@ -151,7 +160,11 @@ class Placement:
         #: Uncached tokens that stood before the first token, queue included.
         self.work_tokens: Final = chosen.queued_tokens + chosen.uncached_tokens
         #: The same, if nothing of them turns out to be cached.
-        self.most_tokens: Final = replica.queued_prompt_tokens + chosen.prompt_tokens
+        self.most_tokens: Final = (
+            replica.queued_prompt_tokens
+            + replica.shared.queued_prompt_tokens
+            + chosen.prompt_tokens
+        )
         speed = chosen.prefill_tokens_per_s
         #: Predicted until the first token, beside the streams that are running.
         self.predicted_s: Final = interference(chosen) * self.work_tokens / speed
@@ -193,19 +206,22 @@ class Placer:
         make_policy: Callable[[], Policy],
         rng: Random,
         told: ToldResidency | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """`make_policy`: called for each model, since what a policy keeps is of its replicas.
 
-        `told`: what KV events say; None: they are not followed.
+        `told`: what KV events say; None: they are not followed. `journal`: notes what other routers
+        should know; None: there are none.
         """
         self.index = index
         self.fleet = fleet
         self.told = told
+        self._journal = journal
+        self._stamps = Stamps() if journal is None else journal.stamps
         self._make_policy = make_policy
         self._policies: dict[str, Policy] = {}  # by model
         self._rng = rng
         self._num_placed = 0
-        self._stamp = 0
         self._unseen_by_model: dict[str, Unseen] = {}
         self._pending: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
         #: Stamps of placements that have shown a first byte and no end.
@@ -292,12 +308,13 @@ class Placer:
                     matched_tokens=matched_tokens,
                     uncached_tokens=uncached_tokens,
                     queued_tokens=self._queued_tokens(replica, tokens_per_s, now)
+                    + replica.shared.queued_tokens
                     + replica.others_tokens(tokens_per_s, now),
-                    num_decoding=replica.num_decoding + replica.num_others,
+                    num_decoding=_num_decoding(replica),
                     prefill_tokens_per_s=tokens_per_s,
                     decode_s=speed.decode_s,
                     recent_uncached_tokens=replica.recent_uncached_tokens(now),
-                    num_in_flight=replica.num_in_flight,
+                    num_in_flight=replica.num_in_flight + replica.shared.num_in_flight,
                     kv_usage=replica.report.kv_usage or 0.0,
                     kv_capacity_tokens=capacity,
                     kv_release_tokens_per_s=replica.kv_release.tokens_per_s(capacity, now),
@@ -364,6 +381,8 @@ class Placer:
         tokens_per_s = options.candidates[decision.chosen].prefill_tokens_per_s
         replica.reserve(placement.uncached_tokens, placement.prompt_tokens, tokens_per_s, now)
         replica.health.placed(now)
+        if self._journal is not None:
+            self._journal.expected(number, replica, placement.uncached_tokens, chain)
         return placement
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
@@ -374,13 +393,15 @@ class Placer:
         replica = placement.replica
         self._start_decoding(placement, now)
         self._settle(placement)
-        placement.stamp = stamp = self._next_stamp()
+        placement.stamp = stamp = self._stamps.next(now)
         self._running[replica.name].add(stamp)
         if self.told is not None:
             self.told.settled(replica.name, stamp, now)
         if placement.holder == replica.holder and placement.chain:
             self.index.add(placement.holder, placement.chain, stamp)
-            self.index.trim(placement.holder)
+            if self._journal is not None:
+                self._journal.touched(replica, stamp, placement.chain)
+            self._trim(replica)
         if streamed:
             placement.ttft_s = now - placement.placed_at
             replica.speed.observe_wait(placement.predicted_s, placement.ttft_s)
@@ -451,14 +472,17 @@ class Placer:
                 replica.speed.observe_answer(now - first_at)
             if num_events >= _MIN_EVENTS_FOR_ITL:
                 itl_s = (now - first_at) / (num_events - 1)
-                replica.speed.observe_itl(itl_s, max(1, replica.num_decoding + replica.num_others))
+                replica.speed.observe_itl(itl_s, max(1, _num_decoding(replica)))
         self._running[replica.name].discard(placement.stamp)
-        self._end(placement)
+        self._end(placement, now)
         replica.release(
             placement.uncached_tokens, placement.prompt_tokens, decoding=placement.is_decoding
         )
         kv_tokens = placement.prompt_tokens + num_events
+        replica.kv_release.num_tokens += kv_tokens
         replica.kv_release.released(kv_tokens, now)
+        if self._journal is not None:
+            self._journal.changed(replica)
 
     def _untold_tokens(
         self,
@@ -468,8 +492,7 @@ class Placer:
         density: float,
         now: float,
     ) -> int:
-        """Tokens of a prompt that are being computed there, or just were: no event tells of them.
-        """
+        """Tokens of a prompt that are being computed there, or just were: no event tells of them."""
         holder = replica.holder
         depth = depths.get(holder, 0)
         if not depth:
@@ -525,23 +548,32 @@ class Placer:
             placement.replica.speed.observe_ttft(work_tokens, placement.ttft_s)
             placement.ttft_s = None
 
-    def _end(self, placement: Placement) -> None:
+    def _end(self, placement: Placement, now: float) -> None:
         """What a request computed may be had by the next one from now on; see fleet/kept.py."""
         replica, index = placement.replica, self.index
         holder = replica.ended_holder
         if holder is None or placement.first_byte_at is None or placement.holder != replica.holder:
             return
-        index.add(holder, placement.chain, self._next_stamp())
+        index.add(holder, placement.chain, self._stamps.next(now))
         index.trim(holder)
 
-    def _next_stamp(self) -> int:
-        self._stamp += 1
-        return self._stamp
+    def _trim(self, replica: Replica) -> None:
+        """Evict what the replica must have evicted, unless another router says what that is."""
+        journal, index, holder = self._journal, self.index, replica.holder
+        if journal is None:
+            index.trim(holder)
+        elif journal.feeds(replica):
+            if index.trim(holder):
+                journal.dropped(replica, index.floor(holder))
+        elif index.num_bytes(holder) > _MOST_CAPACITIES * index.capacity_bytes(holder):
+            index.trim(holder)
 
     def _settle(self, placement: Placement) -> None:
         replica = placement.replica
         if self._pending[replica.name].pop(placement.number, None) is None:
             return
+        if self._journal is not None:
+            self._journal.settled(placement.number, replica)
         if placement.holder == replica.holder:
             num_held = len(placement.matched_stamps)
             self.index.unexpect(placement.holder, placement.chain, num_held)
@@ -563,3 +595,5 @@ class Placer:
         if first < len(placement.matched_stamps) and not replica.kept.is_by_slot:
             # Else all is there, or a running request has it, and keeps it to itself.
             self.index.forget_older(placement.holder, placement.matched_stamps[first])
+            if self._journal is not None:
+                self._journal.dropped(replica, self.index.floor(placement.holder))

@@ -11,7 +11,8 @@ data-parallel ranks of a replica the one that holds most counts: which of them c
 the replica's choice, and it knows them, too.
 
 Events come after the fact, so they do not tell what is being computed. `untold_since` says which
-placements they may not have told of yet: those that had their first byte less than NEWS_S ago. A burst of siblings is kept together by that.
+placements they may not have told of yet: those that had their first byte less than NEWS_S ago. So
+a burst of siblings is kept together.
 
 Not here: how blocks of tokens are found by text (index/token_knowledge.py), streams (kv/).
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from roost_router.index.token_knowledge import Known, TokenKnowledge
 from roost_router.kv.token_sink import TokenSink
 from roost_router.kv.trust import Trust
+from roost_router.shared.stamps import NEVER
 from roost_router.tokens.drift import DriftChange, DriftWatch
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Seconds after a first byte by which its blocks are told of.
 NEWS_S: Final = 0.5
-#: Above every stamp.
-NEVER: Final = 1 << 62
 #: `owned_by` of our engine, whose names of blocks are the chain hashes of the index.
 _OURS: Final = "roost"
 #: vLLM may hold a block twice under one name.

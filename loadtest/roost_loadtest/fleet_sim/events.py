@@ -57,11 +57,13 @@ class FleetRun:
         poll_interval_s: float = 1.0,
         tells: TellsLoad = TellsLoad.REQUESTS,
         delays: EventDelays | None = None,
+        news_after_s: float | None = None,
         shares_cache: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         """`time_scale` multiplies arrival times; `shares_cache`: memory that one replica frees
-        may let another go on. `delays` of KV events, if there are any; none of them comes earlier
+        may let another go on. `news_after_s`: what a router does is known to the others so much
+        later; None: never. `delays` of KV events, if there are any; none of them comes earlier
         than other news.
         """
         self.jobs: list[Job] = []  # in order of arrival
@@ -73,6 +75,8 @@ class FleetRun:
         self._tells = tells
         self._counts: list[tuple[int, int]] = [(0, 0)] * len(replicas)  # as told
         self._delays = delays
+        self._news_after_s = news_after_s
+        self._has_news = False  # an exchange is planned
         self._shares_cache = shares_cache
         self._on_progress = on_progress
         self._num_ended = 0
@@ -123,6 +127,7 @@ class FleetRun:
         job = Job(len(self.jobs), request, self._trace.num_private(request), now)
         self.jobs.append(job)
         replica = self._router.offer(job, now)
+        self._plan_exchange(now)
         if self._delays is not None and self._delays.tokens_after_s:
             self._at(now + self._delays.tokens_after_s, lambda _: self._router.tokenised(job))
         if replica is not None:
@@ -143,8 +148,19 @@ class FleetRun:
         self._next_look, self._looked_at = None, now
         for job, replica in self._router.look(now):
             self._submit(job, replica, now)
+        self._plan_exchange(now)
         if self._router.num_held:
             self._plan_look(now + LOOK_INTERVAL_S)
+
+    def _plan_exchange(self, now: float) -> None:
+        """Something happened that other routers should know."""
+        if self._news_after_s is not None and not self._has_news:
+            self._has_news = True
+            self._at(now + self._news_after_s, self._exchange)
+
+    def _exchange(self, now: float) -> None:
+        self._has_news = False
+        self._router.exchange(now)
 
     def _submit(self, job: Job, replica: int, now: float) -> None:
         job.replica = replica
@@ -207,6 +223,7 @@ class FleetRun:
     def _hear(self, what: Happened, job: Job, at: float, now: float) -> None:
         hear = self._router.first_token if what is Happened.FIRST_TOKEN else self._router.ended
         hear(job, at, now)
+        self._plan_exchange(now)
         if self._next_look is not None:
             self._plan_look(max(now, self._looked_at + MIN_LOOK_S))
 

@@ -11,9 +11,9 @@ A trace has block ids instead of text. The placer gets canonical prompt bytes ma
 (prompts.py). So the text chain is computed and cut as in
 the router, with the same loss where its blocks are longer than the trace's.
 
-Several routers share nothing: each has its own placements, what their answers tell, and the tokens
-of prompts that came by it. All hear all KV events. Which router a request comes to is drawn at
-random.
+Several routers each have their own placements, what their answers tell, and the tokens of prompts
+that came by them. All hear all KV events. They share nothing else, or tell each other
+what they do. Which router a request comes to is drawn at random.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from roost_router.fleet.fleet import Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.openai_request import RoutingFields
 from roost_router.placement import Placement, Placer
+from roost_router.shared.hearing import Hearing
+from roost_router.shared.journal import Journal
+from roost_router.shared.stamps import Stamps
 from roost_wire.told_load import ToldLoad
 
 if TYPE_CHECKING:
@@ -84,6 +87,10 @@ class Router(Protocol):
         """The tokens of a prompt that was offered are known."""
         ...
 
+    def exchange(self, now: float) -> None:
+        """Routers tell each other what they did, if they do."""
+        ...
+
 
 class _Asked:
     """A job with what the router reads of a request."""
@@ -108,16 +115,19 @@ class RealRouters:
         tells_tokens: bool = False,
         delays: EventDelays | None = None,
         first_fits: Sequence[float] = (),
+        tell_each_other: bool = False,
     ) -> None:
         """`delays`: with which KV events are followed; None: they are not. `tells_tokens`: these
         events have tokens, not ids of the trace's blocks.
 
         `first_fits`: what routers begin with as fitted prefill speeds, tokens/s of each replica;
-        none: as they begin, without a fit.
+        none: as they begin, without a fit. `tell_each_other`: when `exchange` is called.
         """
         rngs = [Random(f"{seed}/{number}") for number in range(num_routers)]
         self.placers: list[Placer] = []
         self._views: list[EventView] = []  # of the routers, if they follow events
+        self._journals: list[Journal] = []  # of the routers, if they tell each other
+        self._hearings: list[Hearing] = []
         for rng in rngs:
             index = PrefixIndex()
             fleet = Fleet(index, [f"http://replica-{number}" for number in range(len(reports))])
@@ -126,7 +136,16 @@ class RealRouters:
                 view = EventView(fleet, _MODEL, None if tells_tokens else block_tokens)
                 self._views.append(view)
                 told = view.told
-            self.placers.append(Placer(index, fleet, make_policy, rng, told))
+            journal = None
+            if tell_each_other:
+                number = len(self.placers)
+                journal = Journal(number, Stamps(number))
+                journal.open()
+                mine = fleet.replicas[number::num_routers]
+                journal.feeding = frozenset(replica.url for replica in mine)
+                self._journals.append(journal)
+                self._hearings.append(Hearing(fleet, index, number, journal.stamps))
+            self.placers.append(Placer(index, fleet, make_policy, rng, told, journal=journal))
         self._knows_tokens_first = delays is not None and not delays.tokens_after_s
         self._untokenised: dict[int, tuple[EventView, RoutingFields]] = {}
         self._dispatchers: list[Dispatcher[_Asked]] = [
@@ -209,6 +228,14 @@ class RealRouters:
         for view in self._views:
             view.apply(replica, events)
 
+    def exchange(self, now: float) -> None:
+        """As through Redis: what each did since the last time, all others hear now."""
+        for placer, journal in zip(self.placers, self._journals, strict=False):
+            batch = journal.take(placer.fleet.replicas, placer.index, now)
+            if batch is not None:
+                for hearing in self._hearings:
+                    hearing.hear(batch, now)
+
     def tokenised(self, job: Job) -> None:
         """As a tokenizer's answer, in the router that had the prompt, if it asked for one."""
         waiting = self._untokenised.pop(job.number, None)
@@ -261,6 +288,9 @@ class LeastWaitRouter:
 
     def tokenised(self, job: Job) -> None:
         """Nothing to learn."""
+
+    def exchange(self, now: float) -> None:
+        """Nothing to tell."""
 
     def _wait(self, replica: SimReplica, job: Job) -> tuple[float, int]:
         slower = 1.0 + replica.step_decode_s() / replica.chunk_s()

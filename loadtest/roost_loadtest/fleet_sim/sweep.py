@@ -41,6 +41,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True):
     misfits: tuple[float, ...] = ()
     times: StepTimes = StepTimes()
     num_routers: int = 1
+    news_after_s: float | None = None  # what one does, others know so much later; None: never
     hears_after_s: float = 0.0  # what replicas tell reaches routers so much later
     poll_interval_s: float = 1.0  # between two load reports
     tells: TellsLoad = TellsLoad.REQUESTS
@@ -90,6 +91,7 @@ def sweep(
                 poll_interval_s=config.poll_interval_s,
                 tells=config.tells,
                 delays=config.delays if make_policy is not None else None,
+                news_after_s=config.news_after_s if config.num_routers > 1 else None,
                 shares_cache=make_policy is None,
                 on_progress=progress,
             ).run()
@@ -128,6 +130,7 @@ def _fleet(
         seed=config.seed,
         tells_tokens=config.is_engine,
         delays=config.delays,
+        tell_each_other=config.news_after_s is not None,
         first_fits=[wrong / each.token_s for wrong, each in zip(misfits, times, strict=False)],
     )
 

@@ -62,9 +62,14 @@ class Fleet:
             Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
             for number, url in enumerate(urls)
         ]
+        self._by_url = {replica.url: replica for replica in self.replicas}
 
     def __repr__(self) -> str:
         return f"<Fleet {self.replicas!r}>"
+
+    def by_url(self, url: str) -> Replica | None:
+        """The replica at `url`."""
+        return self._by_url.get(url)
 
     @property
     def is_ready(self) -> bool:
@@ -190,15 +195,21 @@ class Fleet:
     def _reported(self, replica: Replica, report: LoadReport) -> None:
         known = replica.started_at is not None and report.started_at is not None
         if known and replica.started_at != report.started_at:
-            self._new_epoch(replica)
-            replica.health = Health()  # another process: what the last one did is past
-        _take_in(replica, report, replica.num_in_flight, replica.queued_tokens)
+            assert report.started_at is not None
+            self.started_anew(replica, report.started_at)
+        self._take_in(replica, report, 0, 0)
         if replica.num_others > MIN_OTHERS:
             self.others_seen = True
         if report.started_at is not None:  # a page that lacks it once does not unmake it
             replica.started_at = report.started_at
         if report.kv_capacity_tokens is not None:
             replica.kv_capacity_tokens = report.kv_capacity_tokens
+
+    def started_anew(self, replica: Replica, started_at: float) -> None:
+        """It is another process now: what the last one held and did is past."""
+        self._new_epoch(replica)
+        replica.health = Health()
+        replica.started_at = started_at
 
     def load_told(
         self, replica: Replica, load: ToldLoad, num_ended: int = 0, done_tokens: int = 0
@@ -211,9 +222,7 @@ class Fleet:
         It comes with each answer, and news of ends may overtake it: what is seen once in a thousand
         times does not prove that there are others.
         """
-        report = replica.report.with_load(load)
-        queued_tokens = replica.queued_tokens - done_tokens
-        _take_in(replica, report, replica.num_in_flight - num_ended, queued_tokens)
+        self._take_in(replica, replica.report.with_load(load), num_ended, done_tokens)
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
@@ -301,10 +310,14 @@ class Fleet:
         model = replica.models[0] if replica.models else ""
         return int(tokens * self.bytes_per_token(model))
 
-
-def _take_in(replica: Replica, report: LoadReport, num_ours: int, tokens_ours: int) -> None:
-    """What a replica says of itself. `..._ours`: of its requests and of what is queued, ours."""
-    replica.report = report
-    num_reported = (report.num_running or 0) + (report.num_waiting or 0)
-    replica.num_others = max(0, num_reported - num_ours)
-    replica.others_told(report.queued_tokens, tokens_ours)
+    def _take_in(
+        self, replica: Replica, report: LoadReport, num_ended: int, done_tokens: int
+    ) -> None:
+        """What a replica says of itself; the last two as in `load_told`."""
+        replica.report = report
+        shared = replica.shared
+        num_known = replica.num_in_flight + shared.num_in_flight - num_ended
+        num_reported = (report.num_running or 0) + (report.num_waiting or 0)
+        replica.num_others = max(0, num_reported - num_known)
+        known_tokens = replica.queued_tokens + shared.queued_tokens - done_tokens
+        replica.others_told(report.queued_tokens, known_tokens)

@@ -19,6 +19,7 @@ class KvRelease:
     """Tokens a second that requests free on one replica."""
 
     def __init__(self) -> None:
+        self.num_tokens = 0  # by this router's requests, since it started
         self._rate = 0.0  # tokens/s, as of _at
         self._at = 0.0
 

@@ -22,6 +22,7 @@ from roost_router.fleet.kept import Kept
 from roost_router.fleet.kv_release import KvRelease
 from roost_router.fleet.speed import Speed
 from roost_router.index.unseen import salt
+from roost_router.shared.news import Load
 from roost_wire.load_report import LoadReport
 
 RECENT_S = 60.0
@@ -40,6 +41,23 @@ class ReplicaState(Enum):
     JOINING = "joining"  # never answered yet
     UP = "up"
     DOWN = "down"
+
+
+class Shared:
+    """What other routers have on a replica, as they tell (shared/hearing.py)."""
+
+    def __init__(self) -> None:
+        self.queued_tokens = 0
+        self.queued_prompt_tokens = 0
+        self.num_in_flight = 0
+        self.num_decoding = 0
+
+    def add(self, now: Load, before: Load) -> None:
+        """One of them has `now` what was `before`."""
+        self.queued_tokens += now.queued_tokens - before.queued_tokens
+        self.queued_prompt_tokens += now.queued_prompt_tokens - before.queued_prompt_tokens
+        self.num_in_flight += now.num_in_flight - before.num_in_flight
+        self.num_decoding += now.num_decoding - before.num_decoding
 
 
 class Replica:
@@ -69,7 +87,8 @@ class Replica:
         self.queued_prompt_tokens = 0  # of the same requests, what is believed cached included
         self.num_in_flight = 0
         self.num_decoding = 0
-        self.num_others = 0  # requests of others there, as of its last report
+        self.shared = Shared()
+        self.num_others = 0  # requests of who does not tell, as of its last report
         self._others_tokens = 0  # of their prompts, to be computed here, as told ...
         self._others_since: float | None = None  # ... and since when they are taken to drain
         self.tells_queue = False
@@ -121,7 +140,7 @@ class Replica:
         slots = self.report.max_running
         if slots is None:
             return 0.0
-        num_before = self.num_in_flight + self.num_others - slots
+        num_before = self.num_in_flight + self.shared.num_in_flight + self.num_others - slots
         return (num_before + 1) * self.speed.answer_s / slots if num_before >= 0 else 0.0
 
     def undrained_tokens(self, tokens_per_s: float, now: float) -> float:
@@ -144,11 +163,15 @@ class Replica:
         """Count a request that was just placed here."""
         self._draining_tokens = self.undrained_tokens(tokens_per_s, now) + uncached_tokens
         self._draining_at = now
-        self._recent_tokens = self.recent_uncached_tokens(now) + uncached_tokens
-        self._recent_at = now
+        self.placed_elsewhere(uncached_tokens, now)
         self.queued_tokens += uncached_tokens
         self.queued_prompt_tokens += prompt_tokens
         self.num_in_flight += 1
+
+    def placed_elsewhere(self, uncached_tokens: int, now: float) -> None:
+        """Some router placed a request here: it counts among the recent ones."""
+        self._recent_tokens = self.recent_uncached_tokens(now) + uncached_tokens
+        self._recent_at = now
 
     def start_decoding(self, uncached_tokens: int, prompt_tokens: int, at: float) -> None:
         """The first byte came: the prefill is done, a stream is running. `at`: when it came."""

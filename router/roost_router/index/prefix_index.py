@@ -123,9 +123,8 @@ class PrefixIndex:
             self._retired[holder] = held.stamps
 
     def set_capacity(self, holder: int, capacity_bytes: int) -> None:
-        """Change how much `holder` is believed to keep; the oldest blocks beyond it go."""
+        """Change how much `holder` is believed to keep; the next `trim` goes by it."""
         self._held[holder].capacity_bytes = capacity_bytes
-        self.trim(holder)
 
     def trim(self, holder: int) -> bool:
         """Evict the oldest blocks beyond the capacity; whether there were any. O(evicted)."""
