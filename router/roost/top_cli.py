@@ -163,6 +163,8 @@ def _state(row: ReplicaRow) -> str:
 
 
 def _color(row: ReplicaRow) -> str | None:
+    if row.state == "draining":
+        return "yellow"
     if row.state != "up":
         return "red"
     return None if row.ejection is None else "yellow"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from random import Random
 
+    from roost_router.fleet.replica import Replica
     from roost_router.openai_request import RoutingFields
 
 
@@ -49,9 +50,18 @@ class Dispatcher(Generic[Request]):
         self._rng: Final = rng
         self._max_held: Final = max_held
         self._late: Final[dict[str, LateBinding[Request]]] = {}  # by model
+        placer.fleet.watch(self)
 
     def __repr__(self) -> str:
         return f"<Dispatcher {self.num_held} held | {len(self._late)} models>"
+
+    def joined(self, replica: Replica) -> None:
+        """A replica was added; nothing is kept before a request waits for it."""
+
+    def gone(self, replica: Replica) -> None:
+        """It was removed, and its last request is over."""
+        for late in self._late.values():
+            late.queue.forget(replica.name)
 
     @property
     def num_held(self) -> int:

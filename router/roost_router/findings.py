@@ -95,12 +95,16 @@ def find(rows: Sequence[ReplicaRow], unix_s: float) -> list[Finding]:
     found = [finding for row in rows for finding in _of_replica(row, rows, unix_s)]
     if not any(row.state == "up" for row in rows):
         cure = "start a replica, or give `roost route` the right --replica URLs"
+        if any(row.state == "draining" for row in rows):
+            cure = "start a replica: those that answer are leaving"
         found.append(Finding("error", "", "no replica is up: every request fails", cure))
     order = ("error", "warning", "note")
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
 def _of_replica(row: ReplicaRow, rows: Sequence[ReplicaRow], unix_s: float) -> Iterator[Finding]:
+    if row.state == "draining":
+        return
     if row.state != "up":
         what = "never answered" if row.state == "joining" else "does not answer any more"
         cure = f"see whether it runs and whether {row.url}/v1/models answers from here"

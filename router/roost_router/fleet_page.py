@@ -48,7 +48,7 @@ class ReplicaRow(msgspec.Struct):
 
     name: str
     url: str
-    state: str  # joining, up, down
+    state: str  # joining, up, down; draining: it answers, and is to get no new requests
     dialect: str  # which server it is, by its own words
     models: tuple[str, ...]
     ejection: Ejection | None
@@ -73,7 +73,7 @@ class Totals(msgspec.Struct):
     """The fleet as a whole."""
 
     replicas: int
-    replicas_up: int
+    replicas_up: int  # that take new requests
     in_flight: int
     decoding: int
     queued_tokens: int
@@ -121,7 +121,8 @@ def fleet_page(
     `num_held`: requests that wait in the router. `streams`: of KV events; None: not followed.
     """
     now, fleet = moment.now, placer.fleet
-    rows = [_row(placer, metrics, replica, streams, now) for replica in fleet.replicas]
+    replicas = [*fleet.replicas, *fleet.leaving]
+    rows = [_row(placer, metrics, replica, streams, now) for replica in replicas]
     return FleetPage(
         moment.at,
         moment.version,
@@ -130,7 +131,7 @@ def fleet_page(
         moment.is_draining,
         Totals(
             len(rows),
-            sum(replica.is_up for replica in fleet.replicas),
+            sum(replica.is_open for replica in replicas),
             sum(row.in_flight for row in rows),
             sum(row.decoding for row in rows),
             sum(row.queued_tokens for row in rows),
@@ -158,7 +159,7 @@ def _row(
     return ReplicaRow(
         name=replica.name,
         url=replica.url,
-        state=replica.state.value,
+        state=replica.condition,
         dialect=replica.dialect,
         models=replica.models,
         ejection=_ejection(replica, now),

@@ -30,6 +30,7 @@ from roost_router.rungs import RUNGS, ModelLadder
 from roost_router.series import PREFIX, counter, gauge
 
 if TYPE_CHECKING:
+    from roost_router.fleet.fleet import Fleet
     from roost_router.fleet.replica import Replica
     from roost_router.http.record import RequestRecord
     from roost_router.kv.follow import KvFollower
@@ -54,6 +55,11 @@ _BUCKETS_S: Final[tuple[float, ...]] = (
     60.0,
     120.0,
 )
+#: Seconds for which the series of a replica that is gone are told: until they were scraped, and as
+#: far back as /fleet looks.
+KEEP_GONE_S: Final = 600.0
+_NOBODY: Final = "none"
+_STATES: Final = ("joining", "up", "down", "draining")
 _bisect: Final = bisect_left  # a Final is no look-up where this is compiled
 
 
@@ -81,6 +87,7 @@ class _Series:
 
     def __init__(self) -> None:
         self.requests: dict[tuple[str, str], int] = {}  # by model and outcome
+        self.ended_at = 0.0  # the last of them
         self.duration = _Histogram()
         self.ttft = _Histogram()
         # Of answers that told how long their prompt was:
@@ -121,11 +128,11 @@ class RouterMetrics(Collector):
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""
-        name = record.replica or "none"
+        name = record.replica or _NOBODY
         series = self._series.get(name)
         if series is None:
             series = self._series[name] = _Series()
-        self.ended_at = record.started_at + record.duration_s
+        self.ended_at = series.ended_at = record.started_at + record.duration_s
         key = (record.model if known_model else "unknown", record.outcome)
         series.requests[key] = series.requests.get(key, 0) + 1
         series.duration.observe(record.duration_s)
@@ -139,6 +146,17 @@ class RouterMetrics(Collector):
         self.ladder.add(record)
         if self.shadow is not None:
             _show(self.shadow, record)
+
+    def prune(self, fleet: Fleet, now: float) -> None:
+        """Drop what is kept for replicas that are gone. O(replicas)."""
+        names = frozenset([replica.name for replica in (*fleet.replicas, *fleet.leaving)])
+        kept = names | {_NOBODY}
+        for name in [name for name in self._series if name not in kept]:
+            if now - self._series[name].ended_at > KEEP_GONE_S:
+                del self._series[name]
+        self.recent.prune(names, now)
+        if self.shadow is not None:
+            self.shadow.retain(names)
 
     def refused(self, status: int) -> None:
         """Count a request that was refused at the door."""
@@ -239,8 +257,9 @@ class _FleetCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the current values."""
         fleet, index = self._placer.fleet, self._placer.index
+        replicas = [*fleet.replicas, *fleet.leaving]
         gauges: dict[str, tuple[str, Callable[[Replica], float]]] = {
-            "replica_up": ("1 while requests may be placed there.", lambda r: r.is_up),
+            "replica_up": ("1 while requests may be placed there.", lambda r: r.is_open),
             "in_flight": ("Requests placed there, not yet ended.", lambda r: r.num_in_flight),
             "decoding": ("Streams running there.", lambda r: r.num_decoding),
             "queued_tokens": ("Uncached prompt tokens waiting there.", lambda r: r.queued_tokens),
@@ -251,7 +270,16 @@ class _FleetCollector(Collector):
             "prefill_tokens_per_second": ("Fitted prefill speed.", fleet.prefill_tokens_per_s),
         }
         for name, (text, read) in gauges.items():
-            yield gauge(name, text, ("replica",), {(r.name,): read(r) for r in fleet.replicas})
+            yield gauge(name, text, ("replica",), {(r.name,): read(r) for r in replicas})
+        states: dict[tuple[str, ...], float] = {(state,): 0 for state in _STATES}
+        for replica in replicas:
+            states[replica.condition,] += 1
+        yield gauge("replicas", "Replicas by state.", ("state",), states)
+        for name, text, count in (
+            ("replicas_added", "Replicas that joined, the first ones included.", fleet.num_added),
+            ("replicas_removed", "Replicas that were removed.", fleet.num_removed),
+        ):
+            yield counter(name, text, (), {(): count})
         yield gauge("index_blocks", "Distinct blocks in the index.", (), {(): len(index)})
 
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from roost_router.fleet.fleet import PRIOR_BYTES_PER_TOKEN, Fleet
-from roost_router.fleet.replica import Replica
+from roost_router.fleet.replica import Membership, Replica
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.text_chain import (
     TEXT_BLOCK_BYTES,
@@ -40,7 +40,7 @@ from roost_router.index.text_chain import (
 from roost_router.index.unseen import Unseen, kind_of, ranks
 from roost_router.openai_request import RoutingFields
 from roost_router.policy.cost import interference
-from roost_router.policy.interface import Candidate, Decision, Policy
+from roost_router.policy.interface import Candidate, Decision, Policy, retain
 from roost_router.policy.slow_start import thin
 from roost_router.shared.journal import Journal
 from roost_router.shared.stamps import Stamps
@@ -223,11 +223,28 @@ class Placer:
         self._rng = rng
         self._num_placed = 0
         self._unseen_by_model: dict[str, Unseen] = {}
-        self._pending: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
+        # By replica, for as long as it is one (`joined`, `gone`):
+        self._pending: dict[str, dict[int, Placement]] = {}
         #: Stamps of placements that have shown a first byte and no end.
-        self._running: dict[str, set[int]] = {r.name: set() for r in fleet.replicas}
-        self._silent: dict[str, dict[int, Placement]] = {r.name: {} for r in fleet.replicas}
+        self._running: dict[str, set[int]] = {}
+        self._silent: dict[str, dict[int, Placement]] = {}
         self._seen: dict[str, tuple[float, float]] = {}  # by model: bytes, tokens
+        fleet.watch(self)
+
+    def joined(self, replica: Replica) -> None:
+        """A replica was added to the fleet."""
+        self._pending[replica.name] = {}
+        self._running[replica.name] = set()
+        self._silent[replica.name] = {}
+
+    def gone(self, replica: Replica) -> None:
+        """It was removed, and its last request is over."""
+        del self._pending[replica.name], self._running[replica.name], self._silent[replica.name]
+        if self.told is not None:
+            self.told.forget(replica.name)
+        names = frozenset([other.name for other in (*self.fleet.replicas, *self.fleet.leaving)])
+        for policy in self._policies.values():
+            retain(policy, names)
 
     def place(
         self,
@@ -427,7 +444,8 @@ class Placer:
         self._seen[placement.model] = (num_bytes, num_tokens)
         self.fleet.set_bytes_per_token(placement.model, num_bytes / num_tokens)
         counted = placement.fields.counted_tokens
-        if self.told is not None and counted is not None:
+        is_gone = placement.replica.membership is Membership.GONE
+        if self.told is not None and counted is not None and not is_gone:
             self.told.compare(placement.model, placement.replica, counted, prompt_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
             self._observe_ttft(placement, prompt_tokens - cached_tokens)
@@ -483,6 +501,8 @@ class Placer:
         replica.kv_release.released(kv_tokens, now)
         if self._journal is not None:
             self._journal.changed(replica)
+        if replica.membership is Membership.LEAVING:
+            self.fleet.released(replica)
 
     def _untold_tokens(
         self,

@@ -1,7 +1,7 @@
 """Ask every replica, again and again, what it serves and how it is. Decides nothing.
 
-One task a replica: `GET /v1/models` (any OpenAI-compatible server answers it), then, where there
-is one, `GET /metrics`. What the answers mean is fleet.py's.
+One task a replica, for as long as it belongs to the fleet: `GET /v1/models` (any OpenAI-compatible
+server answers it), then, where there is one, `GET /metrics`. What the answers mean is fleet.py's.
 """
 
 from __future__ import annotations
@@ -54,18 +54,45 @@ class Poller:
         self._authorization = authorization
         self._interval_s = interval_s
         self._timeout_s = timeout_s  # for a page
-        self._num_unasked = len(fleet.replicas)
+        self._unasked: set[str] = set()
         self._has_asked = asyncio.Event()
+        self._group: asyncio.TaskGroup | None = None  # while it runs
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        fleet.watch(self)
 
     async def run(self) -> None:
-        """Poll until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for replica in self._fleet.replicas:
-                tasks.create_task(self._follow(replica))
+        """Poll until cancelled. Raises what a poll raises by a defect."""
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for replica in [*self._fleet.replicas, *self._fleet.leaving]:
+                    self._start(self._group, replica)
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
+
+    def joined(self, replica: Replica) -> None:
+        """Ask it at once."""
+        self._unasked.add(replica.name)
+        if self._group is not None:
+            self._start(self._group, replica)
+
+    def gone(self, replica: Replica) -> None:
+        """Ask it no more."""
+        self._was_asked(replica)
+        task = self._tasks.pop(replica.name, None)
+        if task is not None:
+            task.cancel()
+
+    def _start(self, group: asyncio.TaskGroup, replica: Replica) -> None:
+        self._tasks[replica.name] = group.create_task(self._follow(replica))
+
+    def _was_asked(self, replica: Replica) -> None:
+        self._unasked.discard(replica.name)
+        self._has_asked.set()
 
     async def until_asked(self) -> None:
         """Return when every replica was asked once; those that are slow only hold up a start."""
-        while self._num_unasked:
+        while self._unasked:
             self._has_asked.clear()
             try:
                 async with asyncio.timeout(_SLOW_S if self._fleet.is_ready else None):
@@ -78,8 +105,7 @@ class Poller:
         loop = asyncio.get_running_loop()
         with contextlib.closing(UpstreamPool(replica.url, loop, self._timeout_s)) as pool:
             await self._look(pool, replica)
-            self._num_unasked -= 1
-            self._has_asked.set()
+            self._was_asked(replica)
             while True:
                 # A replica that is not up yet is looked at more often: it may be about to be.
                 await asyncio.sleep(self._interval_s if replica.is_up else self._interval_s / 4)

@@ -71,6 +71,13 @@ class RecentTraffic:
             slots = self._replicas[replica] = Sliding(_Slot, _SLOT_S, _NUM_SLOTS)
         return slots.at(now)
 
+    def prune(self, names: frozenset[str], now: float) -> None:
+        """Forget replicas that are not among `names`, once nothing of them is recent."""
+        gone = [name for name in self._replicas if name and name not in names]
+        for name in gone:
+            if not self._replicas[name].recent(now):
+                del self._replicas[name]
+
     def traffic(self, replica: str, now: float) -> Traffic:
         """The last minute of one replica."""
         windows = [self._replicas[replica]] if replica in self._replicas else []

@@ -105,6 +105,14 @@ class ToldResidency:
         )
         return sink
 
+    def forget(self, replica: str) -> None:
+        """The replica is gone: its streams, and all that was learnt of its tokenizer."""
+        for sink in self._sinks.pop(replica, {}).values():
+            sink.close()
+        self._lately.pop(replica, None)
+        self._started.pop(replica, None)
+        self._drift.forget(replica)
+
     def report_reuse(self, replica: str, *, is_asked: bool) -> None:
         """Its engine is asked to tell again what it reuses, or no more."""
         for sink in self._sinks.get(replica, {}).values():

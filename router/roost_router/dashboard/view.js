@@ -144,6 +144,7 @@ function rungItem({ name, loss, cure }, share, lost) {
 }
 
 function state({ state: name, ejection }) {
+  if (name === "draining") return chip(name, "warning");
   if (name !== "up") return chip(name, "bad");
   if (ejection === null) return chip("up", "good");
   const left = ejection.left_s ? `ejected, ${Math.ceil(ejection.left_s)} s left` : "probing";

@@ -11,17 +11,31 @@ take requests (Envoy's panic threshold).
 A refused connection means the process is gone and its KV cache with it; so does another start
 time in its report. Both retire the replica's holder in the prefix index: a new epoch, with
 nothing known. A late answer changes nothing until it repeats: a busy replica is not a dead one.
+
+Replicas come and go:
+
+    add ──► MEMBER ◄──set_draining──► DRAINING ──remove──► LEAVING ──last request ends──► GONE
+                └───────────────────remove──────────────────┘└──add──► MEMBER
+
+A replica that drains or leaves gets no new request, held ones included; those that run there go on
+to their end, and it is polled until then, so that they do not wait for one that has died. Then
+whoever keeps something of it (a Watcher) is told to let it go.
+
+One URL is one replica: one that comes back before its last request has ended is the same object.
+Names are never used for another URL. A URL that comes back has its old name, as far as that is
+remembered: its series go on, and its place on a ring of names is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import median
+from typing import Final, Protocol
 
 from roost_router.errors import ModelNotFoundError, NoReplicaError
 from roost_router.fleet.health import Circuit, Health
 from roost_router.fleet.kept import MIN_UNDOUBTED, Kept
-from roost_router.fleet.replica import MAX_FAILED_POLLS, Replica, ReplicaState
+from roost_router.fleet.replica import MAX_FAILED_POLLS, Membership, Replica, ReplicaState
 from roost_router.fleet.retry_budget import RetryBudget
 from roost_router.fleet.speed import Prefill
 from roost_router.index.prefix_index import PrefixIndex
@@ -42,6 +56,25 @@ MIN_OTHERS = 2
 _RESIZE_SHARE = 0.05
 #: And looked at only when the density moved by more than this.
 _REFIT_SHARE = 0.01
+#: Of a replica that is gone: in no index.
+NO_HOLDER: Final = -1
+#: Names remembered of replicas that are gone: addresses of pods never end.
+MAX_NAMES: Final = 4096
+#: Seconds for which a model whose last replica was removed is not unknown, but has no replica.
+LEFT_S: Final = 300.0
+_MAX_LEFT: Final = 1024
+
+
+class Watcher(Protocol):
+    """Keeps something for each replica."""
+
+    def joined(self, replica: Replica) -> None:
+        """A replica was added."""
+        ...
+
+    def gone(self, replica: Replica) -> None:
+        """It was removed, and no request is left there: let go of what was kept for it."""
+        ...
 
 
 class Fleet:
@@ -58,36 +91,122 @@ class Fleet:
         #: A replica once had clearly more requests than this router gave it: others do, too.
         self.others_seen = False
         self._fitted: dict[str, float] = {}  # by model: bytes a token that capacities follow
-        self.replicas = [
-            Replica(f"r{number}", url, index.open_holder(_DEFAULT_BYTES))
-            for number, url in enumerate(urls)
-        ]
-        self._by_url = {replica.url: replica for replica in self.replicas}
+        #: Members. Never changed in place: who iterates has the list of that moment.
+        self.replicas: list[Replica] = []
+        self.leaving: list[Replica] = []  # removed, with requests that are not over
+        self.num_added = self.num_removed = 0
+        self._by_url: dict[str, Replica] = {}  # members and leaving
+        self._names: dict[str, str] = {}  # by URL, of those that are gone, the latest last
+        self._num_names = 0
+        self._left: dict[str, float] = {}  # by model: when its last replica was removed
+        self._watchers: list[Watcher] = []
+        for url in urls:
+            self.add(url)
 
     def __repr__(self) -> str:
         return f"<Fleet {self.replicas!r}>"
 
-    def by_url(self, url: str) -> Replica | None:
-        """The replica at `url`."""
-        return self._by_url.get(url)
-
     @property
     def is_ready(self) -> bool:
         """Whether at least one replica can take requests."""
-        return any(replica.is_up for replica in self.replicas)
+        return any(replica.is_open for replica in self.replicas)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell `watcher` of all replicas, now and from now on.
+
+        Of those that are gone who came last hears first: it may use what the others keep.
+        """
+        self._watchers.append(watcher)
+        for replica in [*self.replicas, *self.leaving]:
+            watcher.joined(replica)
+
+    def find(self, url: str) -> Replica | None:
+        """The replica at `url`, member or leaving."""
+        return self._by_url.get(url)
+
+    def add(self, url: str) -> Replica:
+        """`url` is a member's from now on. Idempotent. O(replicas).
+
+        A new one is JOINING until a poll is answered; one that was leaving is as it was.
+        """
+        replica = self._by_url.get(url)
+        if replica is None:
+            replica = Replica(self._name(url), url, self._index.open_holder(_DEFAULT_BYTES))
+            self._by_url[url] = replica
+        elif replica.membership is Membership.LEAVING:
+            self.leaving = [other for other in self.leaving if other is not replica]
+        else:
+            return replica
+        is_new = replica.membership is Membership.MEMBER
+        replica.membership = Membership.MEMBER
+        self.replicas = [*self.replicas, replica]
+        self.num_added += 1
+        self._calm.clear()
+        if is_new:
+            for watcher in self._watchers:
+                watcher.joined(replica)
+        return replica
+
+    def _name(self, url: str) -> str:
+        name = self._names.pop(url, None)
+        if name is None:
+            name = f"r{self._num_names}"
+            self._num_names += 1
+        return name
+
+    def set_draining(self, replica: Replica, *, is_draining: bool) -> None:
+        """Whether a member is to get no new requests for now. Idempotent."""
+        if replica.membership in {Membership.MEMBER, Membership.DRAINING}:
+            replica.membership = Membership.DRAINING if is_draining else Membership.MEMBER
+            self._calm.clear()
+
+    def remove(self, replica: Replica, now: float) -> None:
+        """`replica` is no member any more; see the module. Idempotent. O(replicas)."""
+        if replica.membership in {Membership.LEAVING, Membership.GONE}:
+            return
+        replica.membership = Membership.LEAVING
+        self.replicas = [other for other in self.replicas if other is not replica]
+        self.leaving = [*self.leaving, replica]
+        self.num_removed += 1
+        self._calm.clear()
+        for model in replica.models:
+            if not self.knows(model):
+                self._left.pop(model, None)
+                self._left[model] = now
+                if len(self._left) > _MAX_LEFT:
+                    del self._left[next(iter(self._left))]
+        self.released(replica)
+
+    def released(self, replica: Replica) -> None:
+        """A request on `replica` is over; the last one of a leaving replica: that is gone."""
+        if replica.membership is not Membership.LEAVING or replica.num_in_flight:
+            return
+        self.leaving = [other for other in self.leaving if other is not replica]
+        del self._by_url[replica.url]
+        self._names[replica.url] = replica.name
+        if len(self._names) > MAX_NAMES:
+            del self._names[next(iter(self._names))]
+        replica.membership = Membership.GONE
+        replica.speed.prefill.num_replicas -= 1
+        self._index.retire(replica.holder)
+        if replica.ended_holder is not None:
+            self._index.retire(replica.ended_holder)
+        replica.holder, replica.ended_holder = NO_HOLDER, None
+        for watcher in reversed(self._watchers):
+            watcher.gone(replica)
 
     def models(self) -> dict[str, list[Replica]]:
-        """Model id -> replicas that serve it and are up."""
+        """Model id -> replicas that serve it and take requests."""
         served: dict[str, list[Replica]] = {}
         for replica in self.replicas:
-            if replica.is_up:
+            if replica.is_open:
                 for model in replica.models:
                     served.setdefault(model, []).append(replica)
         return served
 
     def is_served(self, model: str) -> bool:
-        """Whether a replica that serves `model` is up. O(replicas)."""
-        return any(replica.is_up and model in replica.models for replica in self.replicas)
+        """Whether a replica that serves `model` takes requests. O(replicas)."""
+        return any(replica.is_open and model in replica.models for replica in self.replicas)
 
     def knows(self, model: str) -> bool:
         """Whether a replica ever named `model`. O(replicas)."""
@@ -110,7 +229,8 @@ class Fleet:
         attempt there beats none. `dialects`: only servers of these kinds.
 
         Raises ModelNotFoundError when replicas have told what they serve and none ever named
-        `model`; NoReplicaError when nobody is left who could answer. O(replicas).
+        `model`, nor one that was removed within LEFT_S; NoReplicaError when nobody is left who
+        could answer. O(replicas).
         """
         if not tried and dialects is None:
             calm = self._calm.get(model, [])
@@ -120,7 +240,7 @@ class Fleet:
             else:
                 if calm:
                     return calm
-        up = [r for r in self.replicas if r.is_up and model in r.models]
+        up = [r for r in self.replicas if r.is_open and model in r.models]
         if dialects is not None:
             up = [replica for replica in up if replica.dialect in dialects]
         fresh = [replica for replica in up if replica.name not in tried] if tried else up
@@ -135,13 +255,14 @@ class Fleet:
         if found:
             return found
         known = {name for replica in self.replicas for name in replica.models}
-        if known and model not in known:
+        left_at = self._left.get(model)
+        if known and model not in known and (left_at is None or now > left_at + LEFT_S):
             raise ModelNotFoundError(model, sorted(known))
         raise NoReplicaError(model, tried=len(tried))
 
     def has_fresh(self, model: str, tried: frozenset[str]) -> bool:
-        """Whether a replica for `model` is up that is not named in `tried`. O(replicas)."""
-        return any(r.is_up and model in r.models and r.name not in tried for r in self.replicas)
+        """Whether a replica for `model` takes requests and is not in `tried`. O(replicas)."""
+        return any(r.is_open and model in r.models and r.name not in tried for r in self.replicas)
 
     def prefill_tokens_per_s(self, replica: Replica) -> float:
         """Fitted speed; before the first fit the fleet's median."""
@@ -180,6 +301,8 @@ class Fleet:
         `report`: None where it did not come in time; the last one stays. `dialect`: which server it
         is, by its own words.
         """
+        if replica.membership is Membership.GONE:
+            return
         if report is not None:
             self._reported(replica, report)
         self._calm.clear()
@@ -226,6 +349,8 @@ class Fleet:
 
     def refused(self, replica: Replica) -> None:
         """Nobody listens at `replica`'s address: down, and its cache is gone."""
+        if replica.membership is Membership.GONE:
+            return
         if self._index.num_blocks(replica.holder):
             self._new_epoch(replica)
         if replica.is_up:

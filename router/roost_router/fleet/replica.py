@@ -43,6 +43,15 @@ class ReplicaState(Enum):
     DOWN = "down"
 
 
+class Membership(Enum):
+    """Whether a replica is one of the fleet's; see fleet.py."""
+
+    MEMBER = "member"
+    DRAINING = "draining"  # a member, but it is to get no new requests for now
+    LEAVING = "leaving"  # removed; what runs there goes on to its end
+    GONE = "gone"  # nothing of it is kept
+
+
 class Shared:
     """What other routers have on a replica, as they tell (shared/hearing.py)."""
 
@@ -69,6 +78,7 @@ class Replica:
         self.salt = salt(url)
         self.holder = holder  # its current epoch in the prefix index
         self.state = ReplicaState.JOINING
+        self.membership = Membership.MEMBER
         self.models: tuple[str, ...] = ()
         self.adapters: frozenset[str] = frozenset()  # of the models: those that are adapters
         self.kv_capacity_tokens: int | None = None
@@ -107,8 +117,20 @@ class Replica:
 
     @property
     def is_up(self) -> bool:
-        """Whether requests may be placed here."""
+        """Whether it answers."""
         return self.state is ReplicaState.UP
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests may be placed here."""
+        return self.state is ReplicaState.UP and self.membership is Membership.MEMBER
+
+    @property
+    def condition(self) -> str:
+        """For people: its state, or `draining` where it answers and is to get no new requests."""
+        if self.is_up and self.membership is not Membership.MEMBER:
+            return "draining"
+        return self.state.value
 
     def recent_uncached_tokens(self, now: float) -> float:
         """Prefill work placed here, faded to `now` (seconds)."""

@@ -118,15 +118,23 @@ class DataService:
         self._sweep: asyncio.TimerHandle | None = None
         self._next_look: asyncio.TimerHandle | None = None
         self._look_at = self._looked_at = 0.0  # when that is, and when the last was
-        self._pools = {
-            replica.name: UpstreamPool(replica.url, loop, config.connect_timeout_s)
-            for replica in placer.fleet.replicas
-        }
+        self._loop = loop
+        self._pools: dict[str, UpstreamPool] = {}
+        placer.fleet.watch(self)
 
     @property
     def num_exchanges(self) -> int:
         """Requests being served."""
         return len(self._exchanges)
+
+    def joined(self, replica: Replica) -> None:
+        """A replica was added to the fleet."""
+        timeout_s = self.limits.connect_timeout_s
+        self._pools[replica.name] = UpstreamPool(replica.url, self._loop, timeout_s)
+
+    def gone(self, replica: Replica) -> None:
+        """It was removed, and its last request is over."""
+        self._pools.pop(replica.name).close()
 
     def pool(self, replica: Replica) -> UpstreamPool:
         """Connections to `replica`."""
@@ -149,6 +157,7 @@ class DataService:
         self._num_sweeps += 1
         if self._num_sweeps % _SWEEPS_A_CHECK == 0:
             self.check_connections(now)
+            self.metrics.prune(self.placer.fleet, now)
             if self._num_failed > _MAX_FAILURES_LOGGED:
                 _log.warning("%d more requests failed", self._num_failed - _MAX_FAILURES_LOGGED)
             self._num_failed = 0

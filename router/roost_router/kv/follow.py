@@ -120,8 +120,21 @@ class KvFollower:
         self._make_sink = make_sink
         self._authorization = authorization
         self._clock = clock
-        self._followed = {replica.name: _Followed(replica) for replica in fleet.replicas}
+        self._followed: dict[str, _Followed] = {}
         self._context: zmq.Context[Any] | None = None
+        fleet.watch(self)
+
+    def joined(self, replica: Replica) -> None:
+        """Ask it for its streams once it is up."""
+        self._followed[replica.name] = _Followed(replica)
+
+    def gone(self, replica: Replica) -> None:
+        """Close its streams."""
+        followed = self._followed.pop(replica.name)
+        if followed.asking is not None:
+            followed.asking.cancel()
+        self._leave(followed)
+        self._reseeding -= {replica.name}
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -167,7 +180,7 @@ class KvFollower:
 
     def _tick(self) -> None:
         now = self._clock()
-        for followed in self._followed.values():
+        for followed in list(self._followed.values()):
             if followed.must_ask() and now >= followed.ask_after:
                 followed.ask_after = now + _RETRY_S
                 followed.asking = asyncio.ensure_future(self._find(followed))

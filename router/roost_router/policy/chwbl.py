@@ -30,6 +30,10 @@ class BoundedHashing:
     def __init__(self) -> None:
         self._ring = HashRing()
 
+    def retain(self, names: frozenset[str]) -> None:
+        """Replicas have gone; see interface.py."""
+        self._ring.retain(names)
+
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:  # noqa: ARG002
         """See the module; O(candidates) and the walk."""
         places = {c.name: place for place, c in enumerate(candidates)}

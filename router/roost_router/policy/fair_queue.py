@@ -32,6 +32,9 @@ from typing import Final, Generic, TypeVar
 AGEING: Final = 0.05
 MAX_HELD: Final = 16384
 
+#: Whom those held wait for whose replica is gone, until they are looked at again.
+_NOBODY: Final = ""
+
 Request = TypeVar("Request")
 
 
@@ -148,6 +151,17 @@ class FairQueue(Generic[Request]):
         self._leave(entries, held)
         held.prefill_s, held.replica = prefill_s, replica
         self._enter(entries, held)
+
+    def forget(self, replica: str) -> None:
+        """`replica` is gone: those that wait for it wait for whoever it will be. O(held)."""
+        waiting_s = self.waiting_s.pop(replica, None)
+        if waiting_s is None:
+            return
+        for line in self._lines.values():
+            for _, _, held in line.entries:
+                if held.replica == replica:
+                    held.replica = _NOBODY
+        self.waiting_s[_NOBODY] = self.waiting_s.get(_NOBODY, 0.0) + waiting_s
 
     def served(self, tenant: str, prefill_s: float) -> None:
         """A request of `tenant` is bound, before it is removed. Counts while anything is held."""

@@ -3,8 +3,8 @@
 Each name has VIRTUAL_NODES points on a circle of 64 bits; a key belongs to the first point at or
 after it. When a name comes or goes, only the keys next to its points move (Karger et al. 1997).
 
-Names are added when they are first seen and stay: a replica that is down for a while gets its own
-keys back.
+Names are added when they are first seen and stay while their replicas do: one that is down for a
+while gets its own keys back. So does one that was removed and comes back under its name.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ class HashRing:
                 if len(found) == len(names):
                     break
         return list(found)
+
+    def retain(self, names: Collection[str]) -> None:
+        """Keep only those of `names`. O(points)."""
+        if not self._names.issubset(names):
+            self._names.intersection_update(names)
+            self._points = [point for point in self._points if point[1] in self._names]
 
     def _add(self, names: Collection[str]) -> None:
         new = [name for name in names if name not in self._names]

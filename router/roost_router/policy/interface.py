@@ -94,3 +94,13 @@ class Policy(Protocol):
     def pick(self, candidates: Sequence[Candidate], rng: Random) -> Decision:
         """Score every candidate and pick one. O(candidates)."""
         ...
+
+
+def retain(policy: Policy, names: frozenset[str]) -> None:
+    """Replicas have gone: what a policy keeps of others than `names` is of no use any more.
+
+    A policy that keeps something by name has a method of this name; most keep nothing.
+    """
+    told = getattr(policy, "retain", None)
+    if told is not None:
+        told(names)

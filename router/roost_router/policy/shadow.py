@@ -15,10 +15,12 @@ What it raises is counted and goes no further. Over the last ten minutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from roost_router.policy.interface import retain
 from roost_router.sliding import Sliding
 
 if TYPE_CHECKING:
@@ -87,6 +89,12 @@ class Shadow:
         slot.prompt_tokens += mine.matched_tokens + mine.uncached_tokens
         slot.matched_tokens += mine.matched_tokens
         slot.shadow_matched_tokens += other.matched_tokens
+
+    def retain(self, names: frozenset[str]) -> None:
+        """Of replicas, only these are left. Idempotent; what the policy raises goes no further."""
+        for policy in self._policies.values():
+            with suppress(Exception):  # a user's own policy may raise anything
+                retain(policy, names)
 
     def report(self, now: float) -> ShadowReport:
         """What the last ten minutes showed."""

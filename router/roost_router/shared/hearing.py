@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from roost_router.fleet.fleet import NO_HOLDER
+from roost_router.fleet.replica import Membership
 from roost_router.index.prefix_index import Floor, Touch
 from roost_router.shared import news
 
@@ -58,6 +60,7 @@ class Hearing:
         self._router: Final = router
         self._stamps: Final = stamps
         self._peers: Final[dict[int, _Peer]] = {}
+        fleet.watch(self)
         self.num_batches = 0
         self.num_missed = 0  # batches of others that never came
         self.num_void: Final[Counter[str]] = Counter()  # news not taken in, by why
@@ -119,8 +122,11 @@ class Hearing:
             self._void(peer)
         self._peers.clear()
 
-    def removed(self, replica: Replica) -> None:
-        """`replica` left the fleet."""
+    def joined(self, replica: Replica) -> None:
+        """A replica was added to the fleet: nothing was told of it yet."""
+
+    def gone(self, replica: Replica) -> None:
+        """It was removed."""
         for peer in self._peers.values():
             peer.loads.pop(replica.name, None)
             for request, entry in list(peer.expected.items()):
@@ -167,13 +173,13 @@ class Hearing:
         entry = peer.expected.pop(request, None)
         if entry is not None:
             replica, holder, chain, num_held = entry
-            if replica.holder == holder:
+            if replica.holder == holder != NO_HOLDER:
                 self._index.unexpect(holder, chain, num_held)
 
     def _void(self, peer: _Peer) -> None:
         for request in list(peer.expected):
             self._settle(peer, request)
-        for replica in self._fleet.replicas:
+        for replica in (*self._fleet.replicas, *self._fleet.leaving):
             load = peer.loads.get(replica.name)
             if load is not None:
                 replica.shared.add(_NO_LOAD, load)
@@ -181,8 +187,8 @@ class Hearing:
 
     def _replica(self, url: str, started_at: float) -> Replica | None:
         """The replica in question, if news of that epoch of it counts."""
-        replica = self._fleet.by_url(url)
-        if replica is None:
+        replica = self._fleet.find(url)
+        if replica is None or replica.membership is Membership.LEAVING:
             self.num_void["replica not known"] += 1
             return None
         ours = replica.started_at
