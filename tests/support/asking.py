@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -40,3 +42,10 @@ async def fleet(router: Router) -> FleetPage:
     status, page, _ = await get(router, "/fleet")
     assert status == 200
     return msgspec.json.decode(page, type=FleetPage)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for `condition`; fails the test when it does not come true."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
