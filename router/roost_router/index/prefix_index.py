@@ -26,8 +26,8 @@ Invariants
   stamps a whole chain, so no block is younger than its parent; entries lose their last blocks
   first; so every removal here takes a tail that nobody touched since. `lookup` relies on it:
   holders only disappear along a chain.
-- What is expected begins where what was held ended when it was. If that is dropped meanwhile, the
-  lookup finds less than there will be.
+- What is expected begins where what was held ended when it was. If that is dropped meanwhile, a
+  lookup may find less than there will be, and no more.
 - A bit is in `_holders[h]` exactly when `h` is in that holder's stamps (retired ones included).
 - Each held block is in exactly one entry that has its stamp.
 
@@ -275,6 +275,11 @@ class PrefixIndex:
         held = self._held[holder]
         _thin_out(held)
         return [Touch(stamp, first, blocks.copy()) for stamp, blocks, first in held.touches]
+
+    def newest(self, holder: int) -> int:
+        """The stamp of the last touch; -1: there is none."""
+        touches = self._held[holder].touches
+        return touches[-1][0] if touches else -1
 
     def forget_older(self, holder: int, stamp: int) -> int:
         """Drop all blocks last touched at or before `stamp`; returns how many. O(dropped)."""
