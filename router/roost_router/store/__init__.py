@@ -1,0 +1,1 @@
+"""Redis: how it is reached, what runs inside it, what is kept there."""
