@@ -171,6 +171,19 @@ def main(verbose: bool) -> None:
     help="Holds the key that replicas ask for; replaces what the client sent.",
 )
 @click.option(
+    "--redis",
+    metavar="URL",
+    help="Share what is known of replicas with the other routers there: redis://, rediss://, "
+    "unix://, redis+sentinel:// or redis+cluster://. Nothing waits for it.",
+)
+@click.option(
+    "--redis-secret-file",
+    type=FILE,
+    help="Holds the secret that these routers have in common, of 32 bytes or more.",
+)
+@click.option("--redis-password-file", type=FILE, help="Holds the password of Redis.")
+@click.option("--redis-ca-file", type=FILE, help="Certificates to trust, with rediss://.")
+@click.option(
     "--insecure", is_flag=True, help="Let other machines in without keys: something before it asks."
 )
 @click.option(

@@ -15,7 +15,8 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from random import Random
+from random import Random, SystemRandom
+from typing import TYPE_CHECKING
 
 from roost_router.admin import AdminService
 from roost_router.compiled import is_compiled
@@ -33,12 +34,19 @@ from roost_router.placement import Placer
 from roost_router.policy.registry import PolicyError, make_policy
 from roost_router.policy.shadow import Shadow
 from roost_router.poll import Poller
+from roost_router.shared.journal import Journal
+from roost_router.shared.stamps import Stamps
 from roost_router.start_page import StartPage, start_page
 from roost_router.tokens.drift import DriftChange
 from roost_router.tokens.prompts import PromptTokens
 from roost_router.tokens.service import TokenizerStartError
 from roost_router.told_residency import ToldResidency
 
+if TYPE_CHECKING:
+    from roost_router.store.link import Link
+
+#: A start waits so long for what other routers know.
+_CATCH_UP_S = 1.0
 #: Of the memory for what KV events tell: for the text that it stands for.
 _BINDING_SHARE = 0.25
 _log = logging.getLogger(__name__)
@@ -54,7 +62,16 @@ def build_placer(config: RouterConfig, rng: Random) -> Placer:
     except PolicyError as error:
         raise ConfigError(str(error)) from None
     fleet, make = Fleet(index, config.replicas), partial(make_policy, config.policy)
-    return Placer(index, fleet, make, rng, _told_residency(config))
+    return Placer(index, fleet, make, rng, _told_residency(config), journal=_journal(config))
+
+
+def _journal(config: RouterConfig) -> Journal | None:
+    """Notes what other routers should know, if there is a way to tell them."""
+    if config.redis is None:
+        return None
+    router = SystemRandom().getrandbits(62)
+    unix_at_zero = time.time() - time.monotonic()  # noqa: TID251 - an order among machines
+    return Journal(router, Stamps(router, unix_at_zero))
 
 
 def _told_residency(config: RouterConfig) -> ToldResidency | None:
@@ -84,6 +101,7 @@ class Router:
         self.poller: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._tokens, self._follower = self._kv_parts()
+        self._link = self._make_link()
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
@@ -104,6 +122,8 @@ class Router:
             data.listen(BACKLOG)
             await self._admin.listen(admin)
             await self._begin_polling()
+            if self._link is not None:
+                await self._link.start(_CATCH_UP_S)
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
@@ -126,6 +146,20 @@ class Router:
         asked = asyncio.create_task(poller.until_asked())
         await asyncio.wait({asked, self.poller}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
+
+    def _make_link(self) -> Link | None:
+        """What tells other routers, and hears them."""
+        if self.placer.journal is None:
+            return None
+        try:
+            from roost_router.store.sharing import make_link  # noqa: PLC0415 - an extra's
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"--redis needs more packages ({error.name}): pip install 'roost[redis]'"
+            ) from None
+        link = make_link(self._config, self.placer, time.monotonic)
+        self.service.metrics.watch_store(link)
+        return link
 
     def _kv_parts(self) -> tuple[PromptTokens | None, KvFollower | None]:
         """What follows KV events and tokenises prompts."""
@@ -175,6 +209,8 @@ class Router:
         if replaced:
             await self._admin.close()
         await service.drain(config.drain_s)
+        if self._link is not None:
+            await self._link.close()
         for task in (self.poller, self._following):
             if task is not None:
                 task.cancel()

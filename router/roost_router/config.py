@@ -51,6 +51,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_keys_file: Path | None = None  # hashes of the keys that open the data port; None: open
     admin_keys_file: Path | None = None  # likewise the admin port, but /health and /ready
     replica_key_file: Path | None = None  # holds the key that replicas ask for
+    redis: str | None = None  # URL of the store that routers share; None: this one is alone
+    redis_secret_file: Path | None = None  # the cluster's secret: who has it, shares
+    redis_password_file: Path | None = None
+    redis_ca_file: Path | None = None  # whom to trust, where the URL says TLS
     insecure: bool = False  # other machines may come in without a key
     lifeline_fd: int | None = None  # stop when this descriptor reaches its end (parent died)
     listen_fd: int | None = None  # the data port's socket, if another process opened it
@@ -77,6 +81,13 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         is_admins = self.admin_port <= self.port <= last_admin_port
         if is_admins and self.port and self.host == self.admin_host:
             raise ConfigError(f"{self.port} is data and admin port: choose two")
+        if self.redis is not None and self.redis_secret_file is None:
+            raise ConfigError(
+                "--redis needs --redis-secret-file: what routers keep there is sealed with it; make "
+                "one with `head -c 32 /dev/urandom | base64 >FILE`"
+            )
+        if self.redis is None and (self.redis_secret_file or self.redis_password_file):
+            raise ConfigError("--redis-secret-file and --redis-password-file are for --redis")
         self.check_hosts(self.host, self.admin_host)
 
     def check_hosts(self, host: str, admin_host: str) -> None:

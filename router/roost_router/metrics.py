@@ -28,6 +28,7 @@ from roost_router.kv_metrics import KvCollector
 from roost_router.recent import RecentTraffic
 from roost_router.rungs import RUNGS, ModelLadder
 from roost_router.series import PREFIX, counter, gauge
+from roost_router.store_metrics import StoreCollector
 
 if TYPE_CHECKING:
     from roost_router.fleet.fleet import Fleet
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from roost_router.kv.follow import KvFollower
     from roost_router.placement import Placer
     from roost_router.policy.shadow import Shadow, ShadowReport
+    from roost_router.store.link import Link
     from roost_router.tokens.prompts import PromptTokens
     from roost_router.told_residency import ToldResidency
 
@@ -125,6 +127,10 @@ class RouterMetrics(Collector):
     def watch_kv(self, told: ToldResidency, tokens: PromptTokens, follower: KvFollower) -> None:
         """Export what is known from KV events."""
         self.registry.register(KvCollector(told, tokens, follower))
+
+    def watch_store(self, link: Link) -> None:
+        """Export what is shared with other routers."""
+        self.registry.register(StoreCollector(link))
 
     def observe(self, record: RequestRecord, *, known_model: bool) -> None:
         """Count a finished request."""

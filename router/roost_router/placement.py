@@ -216,7 +216,7 @@ class Placer:
         self.index = index
         self.fleet = fleet
         self.told = told
-        self._journal = journal
+        self.journal = journal
         self._stamps = Stamps() if journal is None else journal.stamps
         self._make_policy = make_policy
         self._policies: dict[str, Policy] = {}  # by model
@@ -398,8 +398,8 @@ class Placer:
         tokens_per_s = options.candidates[decision.chosen].prefill_tokens_per_s
         replica.reserve(placement.uncached_tokens, placement.prompt_tokens, tokens_per_s, now)
         replica.health.placed(now)
-        if self._journal is not None:
-            self._journal.expected(number, replica, placement.uncached_tokens, chain)
+        if self.journal is not None:
+            self.journal.expected(number, replica, placement.uncached_tokens, chain)
         return placement
 
     def first_byte(self, placement: Placement, now: float, *, streamed: bool) -> None:
@@ -416,8 +416,8 @@ class Placer:
             self.told.settled(replica.name, stamp, now)
         if placement.holder == replica.holder and placement.chain:
             self.index.add(placement.holder, placement.chain, stamp)
-            if self._journal is not None:
-                self._journal.touched(replica, stamp, placement.chain)
+            if self.journal is not None:
+                self.journal.touched(replica, stamp, placement.chain)
             self._trim(replica)
         if streamed:
             placement.ttft_s = now - placement.placed_at
@@ -499,8 +499,8 @@ class Placer:
         kv_tokens = placement.prompt_tokens + num_events
         replica.kv_release.num_tokens += kv_tokens
         replica.kv_release.released(kv_tokens, now)
-        if self._journal is not None:
-            self._journal.changed(replica)
+        if self.journal is not None:
+            self.journal.changed(replica)
         if replica.membership is Membership.LEAVING:
             self.fleet.released(replica)
 
@@ -579,21 +579,22 @@ class Placer:
 
     def _trim(self, replica: Replica) -> None:
         """Evict what the replica must have evicted, unless another router says what that is."""
-        journal, index, holder = self._journal, self.index, replica.holder
+        journal, index, holder = self.journal, self.index, replica.holder
         if journal is None:
             index.trim(holder)
         elif journal.feeds(replica):
             if index.trim(holder):
                 journal.dropped(replica, index.floor(holder))
         elif index.num_bytes(holder) > _MOST_CAPACITIES * index.capacity_bytes(holder):
-            index.trim(holder)
+            index.trim(holder)  # its feeder is slow, or there is none
+            journal.dropped(replica, index.floor(holder))
 
     def _settle(self, placement: Placement) -> None:
         replica = placement.replica
         if self._pending[replica.name].pop(placement.number, None) is None:
             return
-        if self._journal is not None:
-            self._journal.settled(placement.number, replica)
+        if self.journal is not None:
+            self.journal.settled(placement.number, replica)
         if placement.holder == replica.holder:
             num_held = len(placement.matched_stamps)
             self.index.unexpect(placement.holder, placement.chain, num_held)
@@ -615,5 +616,5 @@ class Placer:
         if first < len(placement.matched_stamps) and not replica.kept.is_by_slot:
             # Else all is there, or a running request has it, and keeps it to itself.
             self.index.forget_older(placement.holder, placement.matched_stamps[first])
-            if self._journal is not None:
-                self._journal.dropped(replica, self.index.floor(placement.holder))
+            if self.journal is not None:
+                self.journal.dropped(replica, self.index.floor(placement.holder))

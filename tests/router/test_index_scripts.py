@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_servers import VERSIONS, RedisServer
 from redis_twins import NUM_BUCKETS, HolderTwin, IndexTwin, pack, text
+
 from roost_router.store import scripts
 from roost_router.store.scripts import Script
 

@@ -38,7 +38,7 @@ from roost_router.fleet.kept import MIN_UNDOUBTED, Kept
 from roost_router.fleet.replica import MAX_FAILED_POLLS, Membership, Replica, ReplicaState
 from roost_router.fleet.retry_budget import RetryBudget
 from roost_router.fleet.speed import Prefill
-from roost_router.index.prefix_index import PrefixIndex
+from roost_router.index.prefix_index import Floor, PrefixIndex
 from roost_wire.llama_cpp import LLAMA_CPP
 from roost_wire.load_report import LoadReport
 from roost_wire.told_load import ToldLoad
@@ -352,7 +352,10 @@ class Fleet:
         if replica.membership is Membership.GONE:
             return
         if self._index.num_blocks(replica.holder):
+            newest = self._index.newest(replica.holder)
             self._new_epoch(replica)
+            # What other routers tell late of the process that is gone is not held by the next one.
+            self._index.drop_below(replica.holder, Floor(newest, 0))
         if replica.is_up:
             self._calm.clear()
             replica.state = ReplicaState.DOWN

@@ -92,6 +92,9 @@ class Hearing:
             if isinstance(one, news.Settled):
                 self._settle(peer, one.request)
                 continue
+            if isinstance(one, news.Anew):
+                self._settle_all(peer)
+                continue
             replica = replicas[one.replica]
             if replica is not None:
                 self._take_in(peer, replica, one, now)
@@ -176,9 +179,12 @@ class Hearing:
             if replica.holder == holder != NO_HOLDER:
                 self._index.unexpect(holder, chain, num_held)
 
-    def _void(self, peer: _Peer) -> None:
+    def _settle_all(self, peer: _Peer) -> None:
         for request in list(peer.expected):
             self._settle(peer, request)
+
+    def _void(self, peer: _Peer) -> None:
+        self._settle_all(peer)
         for replica in (*self._fleet.replicas, *self._fleet.leaving):
             load = peer.loads.get(replica.name)
             if load is not None:

@@ -11,19 +11,35 @@ have slightly other ideas of its capacity, and all should believe the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from roost_router.index.prefix_index import NO_FLOOR
 from roost_router.shared import news
 from roost_router.shared.stamps import Stamps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from roost_router.fleet.replica import Replica
     from roost_router.index.prefix_index import Floor, PrefixIndex
 
 #: More than this between two batches: something hangs, and whole views will do.
 MAX_NEWS: Final = 20_000
+
+
+def _nobody() -> None:
+    """Nobody asked to be called."""
+
+
+class _Epoch(NamedTuple):
+    """One process of a replica."""
+
+    holder: int
+    start: float | None
+
+
+def _epoch(replica: Replica) -> _Epoch:
+    return _Epoch(replica.holder, replica.started_at)
 
 
 class Journal:
@@ -35,13 +51,15 @@ class Journal:
         self.stamps: Final = stamps
         self.feeding: frozenset[str] = frozenset()  # URLs of replicas whose feeder this router is
         self.is_open = False  # others hear; while not, nothing is noted
-        self._owes_views = True  # what was not told since the last batch
+        self._owes_views = False  # something was not told
+        self._on_news: Callable[[], None] = _nobody
         self._news: list[news.News] = []
         self._replicas: list[Replica] = []  # that the news are about
         self._places: dict[str, int] = {}  # of these, by name
         self._changed: dict[str, Replica] = {}  # whose load is another now
-        self._expected: dict[int, Replica] = {}
-        self._epochs: dict[str, tuple[int, float | None]] = {}  # by replica: holder, start
+        self._expected: dict[int, tuple[Replica, int, list[int]]] = {}  # by request, as noted
+        self._epochs: dict[str, _Epoch] = {}  # by replica, as of the last batch
+        self._noted: dict[str, _Epoch] = {}  # by replica, that the news are about
         self._num_batches = 0
 
     def __repr__(self) -> str:
@@ -50,6 +68,10 @@ class Journal:
     def feeds(self, replica: Replica) -> bool:
         """Whether this router says what is evicted there: its feeder, or on its own."""
         return not self.is_open or replica.url in self.feeding
+
+    def call(self, on_news: Callable[[], None]) -> None:
+        """`on_news` is called when there is something to take, once for each batch."""
+        self._on_news = on_news
 
     def open(self) -> None:
         """Others hear from now on."""
@@ -65,17 +87,15 @@ class Journal:
         self, request: int, replica: Replica, uncached_tokens: int, chain: list[int]
     ) -> None:
         """`request`, growing with each, was placed."""
-        self._changed[replica.name] = replica
+        self.changed(replica)
         if chain:
-            self._expected[request] = replica
+            self._expected[request] = replica, uncached_tokens, chain
             if self.is_open:
-                place = self._place(replica)
-                blocks = news.pack_chain(chain)
-                self._note(news.Expected(request, place, uncached_tokens, blocks))
+                self._note_expected(request)
 
     def settled(self, request: int, replica: Replica) -> None:
         """It has a first byte, or never will."""
-        self._changed[replica.name] = replica
+        self.changed(replica)
         if self._expected.pop(request, None) is not None and self.is_open:
             self._note(news.Settled(request))
 
@@ -83,14 +103,20 @@ class Journal:
         """A prompt was computed."""
         if self.is_open:
             self._note(news.Touched(self._place(replica), stamp, news.pack_chain(chain)))
+        else:
+            self._owes_views = True
 
     def dropped(self, replica: Replica, floor: Floor) -> None:
         """What lies below `floor` is gone."""
         if self.is_open:
             self._note(news.Dropped(self._place(replica), floor.stamp, floor.keep))
+        else:
+            self._owes_views = True
 
     def changed(self, replica: Replica) -> None:
         """Its load is another now."""
+        if not self._changed and self.is_open:
+            self._on_news()
         self._changed[replica.name] = replica
 
     def take(
@@ -100,12 +126,18 @@ class Journal:
 
         `beat`: say at least that this router lives, and all its loads.
         """
+        replicas = list(replicas)
         for replica in replicas:
-            self._look_at_epoch(replica, now)
+            self._look_at_epoch(replica, index)
+        for replica in self._replicas:
+            self._place(replica)
         owes_views, self._owes_views = self._owes_views, False
         if owes_views:
+            self._note(news.Anew())
             for replica in replicas:
                 self._view(replica, index)
+            for request in self._expected:
+                self._note_expected(request)
         if beat or owes_views:
             self._changed = {replica.name: replica for replica in replicas}
         for replica in self._changed.values():
@@ -132,13 +164,18 @@ class Journal:
         about = [(replica.url, replica.started_at or 0.0)]
         return news.Batch(news.VERSION, self.router, 0, 0, about, [view])
 
-    def _look_at_epoch(self, replica: Replica, now: float) -> None:
-        """Tell that its process is gone, where no other start tells it."""
-        epoch = replica.holder, replica.started_at
+    def _look_at_epoch(self, replica: Replica, index: PrefixIndex) -> None:
+        """Tell that its process is gone, which no other start may tell."""
+        epoch = _epoch(replica)
         before = self._epochs.get(replica.name)
         self._epochs[replica.name] = epoch
-        if before is not None and before[0] != epoch[0] and before[1] == epoch[1] and self.is_open:
-            self._note(news.Dropped(self._place(replica), self.stamps.next(now), 0))
+        if before != epoch and index.floor(replica.holder) != NO_FLOOR:
+            self.dropped(replica, index.floor(replica.holder))
+
+    def _note_expected(self, request: int) -> None:
+        replica, uncached_tokens, chain = self._expected[request]
+        blocks = news.pack_chain(chain)
+        self._note(news.Expected(request, self._place(replica), uncached_tokens, blocks))
 
     def _view(self, replica: Replica, index: PrefixIndex) -> None:
         place, view = self._place(replica), self.snapshot(replica, index).news[0]
@@ -160,6 +197,15 @@ class Journal:
         if place is None:
             place = self._places[replica.name] = len(self._replicas)
             self._replicas.append(replica)
+            self._noted[replica.name] = _epoch(replica)
+        elif self._noted[replica.name] != _epoch(replica):
+            # A batch is about one epoch of each: what was noted of the last one is void.
+            self._noted[replica.name] = _epoch(replica)
+            self._news = [
+                n
+                for n in self._news
+                if isinstance(n, news.Settled | news.Anew) or n.replica != place
+            ]
         return place
 
     def _note(self, one: news.News) -> None:
@@ -169,4 +215,5 @@ class Journal:
             self._forget()
 
     def _forget(self) -> None:
-        self._news, self._replicas, self._places, self._changed = [], [], {}, {}
+        self._news, self._replicas, self._places = [], [], {}
+        self._changed, self._noted = {}, {}

@@ -9,6 +9,7 @@ about, each by URL and by the start of its process (the epoch), and then has, in
     Dropped    what lies below a floor is gone there   (index/prefix_index.py)
     Load       what this router has there, as it stands: what a lost batch said is made up for
     View       all that this router believes of it     (floor, touches), for those who missed news
+    Anew       before views: all that was expected is settled, but for what comes next
 
 Bytes: msgpack arrays; chains as packed 64-bit integers, little-endian. Batches are sealed before
 they leave the process (store/seal.py): what arrives was made by a router that has the secret, and
@@ -86,7 +87,11 @@ class View(msgspec.Struct, frozen=True, array_like=True, tag=6):
     touches: list[tuple[_Stamp, _Count, bytes]]  # stamp, place of the first, blocks
 
 
-News = Expected | Settled | Touched | Dropped | Load | View
+class Anew(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """Nothing is expected any more."""
+
+
+News = Expected | Settled | Touched | Dropped | Load | View | Anew
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +124,7 @@ def unpack(data: bytes) -> Batch:
         raise NewsError(f"news of version {batch.version}, this router reads {VERSION}")
     num_replicas = len(batch.replicas)
     for one in batch.news:
-        if not isinstance(one, Settled) and one.replica >= num_replicas:
+        if not isinstance(one, Settled | Anew) and one.replica >= num_replicas:
             raise NewsError(f"replica {one.replica} of {num_replicas}")
     return batch
 
