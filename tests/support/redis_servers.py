@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 VERSIONS = ("6.2", "8.2")
 SERVICE = "roost"  # what sentinels call the primary
@@ -120,7 +122,9 @@ class RedisServer:
             where: dict[str, Any] = {"host": "127.0.0.1", "port": self.port}
             if self.unix_path is not None:
                 where = {"unix_socket_path": str(self.unix_path)}
-            self._client = redis.Redis(socket_timeout=10, protocol=2, **where)
+            self._client = redis.Redis(
+                socket_timeout=10, protocol=2, retry=Retry(NoBackoff(), 0), **where
+            )
         return self._client
 
     def start(self, until: Callable[[], bool] | None = None) -> None:

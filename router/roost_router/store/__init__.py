@@ -1,1 +1,1 @@
-"""Redis: how it is reached, what runs inside it, what is kept there."""
+"""What routers of one fleet keep in Redis. Nothing here is imported unless --redis is given."""
