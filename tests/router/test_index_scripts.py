@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis import ResponseError
 from redis_servers import VERSIONS, RedisServer
 from redis_twins import NUM_BUCKETS, HolderTwin, IndexTwin, pack, text
 
@@ -18,6 +20,7 @@ from roost_router.store.scripts import Script
 PREFIX = b"roost:{1a2b3c4d}:"
 TABLE = PREFIX + b"holders"
 TTL_S = 86_400
+PACKED = {b"ziplist", b"listpack"}
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -102,7 +105,7 @@ class Both:
             bucket[field] = value
 
     def check(self) -> None:
-        """Everything that lies in Redis is what the twin says, and every key will vanish one day."""
+        """All that lies in Redis is what the twin says, and every key will vanish one day."""
         expected_keys = {self._bucket(key) for key in self.twin.buckets}
         if self.twin.at is not None:
             expected_keys.add(TABLE)
@@ -157,6 +160,8 @@ BLOCKS = [
 ]
 ids = st.lists(st.sampled_from(BLOCKS), max_size=12)
 writers = st.integers(0, 200)
+DEPTHS = st.sampled_from([0, 1, 2, 14, 4000, 70_000])
+VALUES = [b"", b"\x00", b"\x01\x00", b"\xf3\x01", b"\x00\x07\x00", b"\x0f" + b"x" * 63, b"x" * 64]
 OPERATIONS = st.one_of(
     st.tuples(
         st.just("open"),
@@ -166,11 +171,15 @@ OPERATIONS = st.one_of(
         st.integers(0, 3),
         st.booleans(),
     ),
-    st.tuples(st.just("add"), writers, ids, st.sampled_from([0, 1, 2, 14, 4000, 70_000]), st.integers(1, 9)),
+    st.tuples(st.just("add"), writers, ids, DEPTHS, st.integers(1, 9)),
     st.tuples(st.just("add"), writers, ids, st.integers(0, 40), st.integers(4, 9)),
     st.tuples(st.just("remove"), writers, ids),
     st.tuples(st.just("lookup"), ids, st.sampled_from([0, 1, 3, 192])),
-    st.tuples(st.just("sweep"), st.sampled_from([1, 2, 20_000, NUM_BUCKETS]), st.sampled_from([1, 5, 10_000])),
+    st.tuples(
+        st.just("sweep"),
+        st.sampled_from([1, 2, 20_000, NUM_BUCKETS]),
+        st.sampled_from([1, 5, 10_000]),
+    ),
     st.tuples(st.just("sweep"), st.just(NUM_BUCKETS), st.just(10_000)),
     st.tuples(st.just("retire"), writers),
     st.tuples(st.just("list")),
@@ -179,42 +188,43 @@ OPERATIONS = st.one_of(
         st.just("poison"),
         st.sampled_from([0, 1, 0x7FFF]),
         st.sampled_from([None, b"", BLOCKS[0][2:], b"seven b"]),
-        st.sampled_from([b"", b"\x00", b"\x01\x00", b"\xf3\x01", b"\x00\x07\x00", b"\x0f" + b"x" * 63, b"x" * 64]),
+        st.sampled_from(VALUES),
     ),
     st.tuples(st.just("stale"), writers, st.integers(-1, 1), st.integers(-2, 1), ids),
-)  # fmt: skip
+)
 
 
 def play(index: Both, operations: list[tuple[Any, ...]]) -> None:
     for name, *args in operations:
-        if name in {"add", "remove", "retire", "stale"}:
-            if not index.writers:
-                continue
-            writer = index.writers[args.pop(0) % len(index.writers)]
-        match name, args:
-            case "open", [replica, tier, epoch, fence, anew]:
-                index.open_holder(replica, tier, epoch, fence, anew)
-            case "add", [blocks, depth, most]:
-                index.add(writer, blocks, depth, most)
-            case "remove", [blocks]:
-                index.remove(writer, blocks)
-            case "stale", [serial, fence, blocks]:
-                number = writer[0], writer[1] + serial, max(0, writer[2] + fence)
-                index.add(number, blocks)
-                index.remove(number, blocks)
-            case "retire", []:
-                index.retire_holder(*writer)
-            case "lookup", [blocks, most]:
-                index.lookup(blocks, most)
-            case "sweep", [most_buckets, most_blocks]:
-                index.sweep(most_buckets, most_blocks)
-            case "list", []:
-                index.list_holders()
-            case "age", [number]:
-                index.age(number)
-            case "poison", [key, field, value]:
-                index.poison(key, field, value)
+        if name not in {"add", "remove", "retire", "stale"}:
+            OF_THE_INDEX[name](index, *args)
+        elif index.writers:
+            OF_A_WRITER[name](index, index.writers[args[0] % len(index.writers)], *args[1:])
     index.check()
+
+
+def write_as_another(
+    index: Both, writer: tuple[int, int, int], serial: int, fence: int, blocks: list[bytes]
+) -> None:
+    other = writer[0], writer[1] + serial, max(0, writer[2] + fence)
+    index.add(other, blocks)
+    index.remove(other, blocks)
+
+
+OF_THE_INDEX: dict[str, Any] = {
+    "open": Both.open_holder,
+    "lookup": Both.lookup,
+    "sweep": Both.sweep,
+    "list": Both.list_holders,
+    "age": Both.age,
+    "poison": Both.poison,
+}
+OF_A_WRITER: dict[str, Any] = {
+    "add": Both.add,
+    "remove": Both.remove,
+    "retire": lambda index, writer: index.retire_holder(*writer),
+    "stale": write_as_another,
+}
 
 
 @settings(
@@ -250,9 +260,7 @@ def test_chains_of_any_length_are_found_as_their_twin_finds_them(
 
 
 def chain_of(count: int, seed: int = 1) -> list[bytes]:
-    import random
-
-    packed = random.Random(seed).randbytes(8 * count)
+    packed = Random(seed).randbytes(8 * count)
     return [packed[at : at + 8] for at in range(0, len(packed), 8)]
 
 
@@ -309,9 +317,6 @@ def test_holders_of_every_number_hold_the_same_block(server: RedisServer) -> Non
         assert index.lookup(chain)[1:] == [9, pack(0, mask)]
     index.check()
     assert index.redis.object("encoding", index._bucket(chain_key(chain))) in PACKED
-
-
-PACKED = {b"ziplist", b"listpack"}
 
 
 def chain_key(chain: list[bytes]) -> int:
@@ -412,8 +417,6 @@ def test_a_table_that_was_lost_begins_with_other_buckets(server: RedisServer) ->
 
 
 def test_ids_that_are_not_whole_change_nothing(server: RedisServer) -> None:
-    from redis import ResponseError
-
     index = Both(server)
     writer = filled_one(index)
     for script, args in (
@@ -452,8 +455,6 @@ def test_a_bucket_that_somebody_filled_is_thrown_away(server: RedisServer) -> No
 
 
 def test_an_index_that_is_no_hash_is_refused(server: RedisServer) -> None:
-    from redis import ResponseError
-
     index = Both(server)
     index.redis.set(TABLE, "poison")
     for script, args in (

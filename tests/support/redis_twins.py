@@ -1,7 +1,7 @@
-"""Python twins of the scripts that run inside Redis, on plain dictionaries: slow, short, the same replies.
+"""Python twins of the scripts that run inside Redis: plain dictionaries, the same replies.
 
-Where a script asks Redis' clock a twin is told what it answered: `now_us`. Whether a holder was written
-for lately is `old` (it was not) or not, for nobody waits a minute in a test.
+Where a script asks Redis' clock a twin is told what it answered: `now_us`. Holders that nobody has
+written for lately are `old`, for nobody waits a day in a test.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HolderTwin:
 
 @dataclass
 class IndexTwin:
-    """The index: its table of holders, its buckets. A bucket that is None is a key of a wrong type."""
+    """Table of holders, buckets. A bucket that is None is a key of a wrong type."""
 
     at: int | None = None
     generation: bytes = b""

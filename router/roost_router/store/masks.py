@@ -24,7 +24,7 @@ def mask_of(value: bytes) -> int:
 def levels(runs: Sequence[int | bytes], live: int) -> list[tuple[int, int]]:
     """Who holds how much: (number of leading blocks, mask of living holders who have them all).
 
-    `runs` are pairs of a run's end and value, as lookup.lua replies them. Depths rise, masks shrink.
+    `runs` are pairs of a run's end and value, as lookup.lua replies. Depths rise, masks shrink.
     A holder counts up to the first run that it is missing in. O(runs).
     """
     found: list[tuple[int, int]] = []

@@ -3,35 +3,37 @@
     <prefix>holders               HASH: who may hold blocks, and the state of the sweep
         r<number>                 "<serial> <fence> <epoch> <tier> <replica>" of a live holder
         n<tier> <replica>         its number
-        s<number>                 when it was last written for: seconds since 1970, a minute late at most
-        live, dead, going         masks: alive; retired; of these those retired before this round of the sweep
+        s<number>                 when it was last written for: seconds, late by 60 at most
+        live, dead, going         masks: alive; retired; retired before this round of the sweep
         at, gen, cursor           version; generation of the buckets; the sweep's next bucket
     <prefix>b:<generation><2 B>   HASH: one of 32,768 buckets, packed (ziplist, listpack)
         6 bytes of an id          1 header byte, 16 * skip + depth class; mask of holders
     <prefix>leases, <prefix>router:<id>      see scripts/lease.lua
 
 A *holder* is one epoch of one replica in one tier; its *number* is a bit in masks. A mask is
-little-endian, without its first 4 * skip bytes and without trailing bytes, all of them zero: one set
-has one value. The *depth class* is floor(log2(depth + 1)), at most 15. An *id* is 8 bytes: bucket 15 bits
-(one bit is left out), the other 6 bytes name the field.
+little-endian, without its first 4 * skip bytes and without trailing bytes, all of them zero: one
+set has one value. The *depth class* is floor(log2(depth + 1)), at most 15. An *id* is 8 bytes: 15
+bits are the bucket (the first bit is left out), the other 6 bytes the field.
 
-Why so, with Redis CPU measured on 6.2 (2 cores of a shared machine; `roost bench redis` takes it again):
+Why so (Redis CPU on 6.2, on a shared machine; docs/decisions/0024):
 
-- 32,768 buckets: 16.8 B a block at 1 M blocks, 14.6 at 3 M. 65,536 buckets with their own lifetimes: 20.7.
-  16,384: 14.1 at 3 M, but a write costs half as much again.
-- A hash, no string of packed records: a string saves 4 B a block, but costs 2.1 µs a read (1.6), sends a
-  whole bucket to Redis' replicas with each write, and needs masks of one width.
-- HSETNX first, then HLEN: a new block, the usual one, takes two commands, and the size is exact.
+- 32,768 buckets: 17 B a block at 1 M blocks, 15 at 3 M. With 65,536 it is 21 and 16; with 16,384
+  it is 15 and 14, but at 3 M blocks a write costs half as much again.
+- A hash, no string of packed records: that saves 4 B a block, but a read costs 2.1 us instead of
+  1.6, each write sends a whole bucket to Redis' replicas, and all masks need one width.
+- HSETNX first, then HLEN: a new block, the usual one, costs two commands; the size is exact.
 
 Invariants:
 
-- A number is given away anew only when a whole round of the sweep has begun and ended after its retirement.
-  Whoever writes says number and *serial*, which no two holders share, so that who missed the change is refused.
-- Serials, versions and fences come from Redis' clock, and grow: they are new in a table that was lost, too.
-  So is the generation in each bucket's key: bits of a lost table are never read with the numbers of another.
-- Redis does not undo what a script wrote before an error. Each id's write is whole by itself, nothing is written
-  before all arguments are read, and what is of a wrong type or shape is skipped and counted: a call that ends
-  early is a shorter call, and may be made again.
+- A number is given away again only when a whole round of the sweep has begun and ended after its
+  retirement. Whoever writes says number and *serial*, which no two holders share: who missed the
+  change is refused.
+- Serials, versions and fences come from Redis' clock, and grow: they are new in a table that was
+  lost, too. So is the generation in each bucket's key: bits of a lost table are never read with the
+  numbers of another.
+- Redis does not undo what a script wrote before an error. So nothing is written before arguments
+  are checked, each id's write is whole by itself, and what is of a wrong type or shape is skipped
+  and counted: a call that ends early is a shorter call, and may be made again.
 - Each call's work is bounded by its arguments: index.py makes them small.
 - One key is declared; the others share its hash tag, hence its slot in a cluster.
 
@@ -48,7 +50,7 @@ from typing import Final
 _FOLDER: Final = Path(__file__).parent / "scripts"
 
 NUM_BUCKETS: Final = 1 << 15
-#: Numbers that exist: a mask of 63 bytes and its header are the 64 bytes that a packed hash takes at most.
+#: Numbers there are: a mask of 63 bytes and its header are the most that a packed hash takes.
 MAX_HOLDERS: Final = 504
 #: Blocks that a bucket may hold: Redis 6.2 packs 512 by default (`hash-max-ziplist-entries`).
 MAX_BUCKET_BLOCKS: Final = 480
