@@ -101,7 +101,7 @@ class Router:
         self.poller: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._tokens, self._follower = self._kv_parts()
-        self._link = self._make_link()
+        self.link = self._make_link()
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
@@ -122,8 +122,8 @@ class Router:
             data.listen(BACKLOG)
             await self._admin.listen(admin)
             await self._begin_polling()
-            if self._link is not None:
-                await self._link.start(_CATCH_UP_S)
+            if self.link is not None:
+                await self.link.start(_CATCH_UP_S)
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
@@ -209,8 +209,8 @@ class Router:
         if replaced:
             await self._admin.close()
         await service.drain(config.drain_s)
-        if self._link is not None:
-            await self._link.close()
+        if self.link is not None:
+            await self.link.close()
         for task in (self.poller, self._following):
             if task is not None:
                 task.cancel()

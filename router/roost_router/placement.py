@@ -206,6 +206,7 @@ class Placer:
         make_policy: Callable[[], Policy],
         rng: Random,
         told: ToldResidency | None = None,
+        *,
         journal: Journal | None = None,
     ) -> None:
         """`make_policy`: called for each model, since what a policy keeps is of its replicas.
@@ -512,7 +513,7 @@ class Placer:
         density: float,
         now: float,
     ) -> int:
-        """Tokens of a prompt that are being computed there, or just were: no event tells of them."""
+        """Tokens of a prompt that are computed there, or just were: no event tells of them yet."""
         holder = replica.holder
         depth = depths.get(holder, 0)
         if not depth:

@@ -27,19 +27,23 @@ class StoreCollector(Collector):
         text = "1 while the store answers and other routers are heard."
         yield gauge("store_up", text, (), {(): link.is_sharing})
         text = "Calls of the store that failed, by why."
-        errors = {(fault.value,): count for fault, count in link.num_errors.items()}
+        errors: dict[tuple[str, ...], int] = {
+            (fault.value,): count for fault, count in link.num_errors.items()
+        }
         yield counter("store_errors", text, ("reason",), errors)
         text = "From telling to hearing: seconds, of this router's last batch of news."
         yield gauge("news_lag_seconds", text, (), {(): link.lag_s})
         text = "Batches of news, told and heard; missed: of others, that never came."
-        batches = {
+        batches: dict[tuple[str, ...], int] = {
             ("told",): link.num_sent,
             ("heard",): hearing.num_batches,
             ("missed",): hearing.num_missed,
         }
         yield counter("news_batches", text, ("direction",), batches)
         text = "News that were not taken in, by why."
-        void = {(why,): count for why, count in (hearing.num_void + link.num_void).items()}
+        void: dict[tuple[str, ...], int] = {
+            (why,): count for why, count in (hearing.num_void + link.num_void).items()
+        }
         yield counter("news_void", text, ("reason",), void)
         text = "Other routers that are heard."
         yield gauge("peers", text, (), {(): hearing.num_peers})

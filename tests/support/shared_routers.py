@@ -112,7 +112,7 @@ class Cluster:
 
     def tell(self, router: OneRouter, *, beat: bool = False) -> None:
         if router.journal.is_open:
-            batch = router.journal.take(router.fleet.replicas, router.index, self.now, beat=beat)
+            batch = router.journal.take(router.fleet.replicas, router.index, beat=beat)
             if batch is not None:
                 self.stream.append((self.now, news.pack(batch)))
 
@@ -124,7 +124,7 @@ class Cluster:
 
     def lose_the_store(self, router: OneRouter) -> None:
         """What it took last was sent, or was not."""
-        batch = router.journal.take(router.fleet.replicas, router.index, self.now)
+        batch = router.journal.take(router.fleet.replicas, router.index)
         if batch is not None and self.rng.random() < 0.5:
             self.stream.append((self.now, news.pack(batch)))
         router.journal.close()
@@ -165,24 +165,29 @@ class Cluster:
             self.tell(router, beat=rng.random() < 0.3)
         elif kind < 0.9:
             self.read(router, rng.randint(router.position, len(self.stream)))
-        elif kind < 0.92:
-            url = rng.choice(URLS)
-            self.started_at[url] += rng.randint(2, 10)
-        elif kind < 0.94:
-            replica = rng.choice(router.fleet.replicas)
+        else:
+            self.happen(router, 10.0 * (kind - 0.9))
+
+    def happen(self, router: OneRouter, kind: float) -> None:
+        """What happens now and then; `kind`: 0 to 1."""
+        rng = self.rng
+        replica = rng.choice(router.fleet.replicas)
+        if kind < 0.2:
+            self.started_at[replica.url] += rng.randint(2, 10)
+        elif kind < 0.4:
             router.poll(replica, self.started_at[replica.url])
-        elif kind < 0.95:
+        elif kind < 0.5:
             self.feed()
-        elif kind < 0.96:
+        elif kind < 0.6:
             self.write_snapshots()
-        elif kind < 0.975:
+        elif kind < 0.75:
             if router.journal.is_open:
                 self.lose_the_store(router)
             else:
                 self.regain_the_store(router)
-        elif kind < 0.98:
-            router.fleet.refused(rng.choice(router.fleet.replicas))
-        elif kind < 0.985 and len(self.routers) > 1:
+        elif kind < 0.8:
+            router.fleet.refused(replica)
+        elif kind < 0.85:
             self.routers.remove(router)  # dead, whatever it had
             self.start_router()
 

@@ -231,7 +231,7 @@ class RealRouters:
     def exchange(self, now: float) -> None:
         """As through Redis: what each did since the last time, all others hear now."""
         for placer, journal in zip(self.placers, self._journals, strict=False):
-            batch = journal.take(placer.fleet.replicas, placer.index, now)
+            batch = journal.take(placer.fleet.replicas, placer.index)
             if batch is not None:
                 for hearing in self._hearings:
                     hearing.hear(batch, now)

@@ -120,7 +120,7 @@ class Journal:
         self._changed[replica.name] = replica
 
     def take(
-        self, replicas: Iterable[Replica], index: PrefixIndex, now: float, *, beat: bool = False
+        self, replicas: Iterable[Replica], index: PrefixIndex, *, beat: bool = False
     ) -> news.Batch | None:
         """All there is to tell of `replicas`; None: nothing. The caller sends it, or calls `close`.
 

@@ -123,11 +123,9 @@ class Store:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_links()
 
-    async def append(
-        self, key: bytes, blob: bytes, max_entries: int, budget_s: float = 0.5
-    ) -> bytes:
-        """Add an entry to a stream, which forgets the oldest beyond about `max_entries`; its id."""
-        trim: tuple[Part, ...] = ("MAXLEN", "~", max_entries, "*")
+    async def append(self, key: bytes, blob: bytes, oldest: bytes, budget_s: float = 0.5) -> bytes:
+        """Add an entry to a stream, which forgets about all before the id `oldest`; its id."""
+        trim: tuple[Part, ...] = ("MINID", "~", oldest, "*")
         return _bytes(await self._call(("XADD", key, *trim, FIELD, blob), budget_s))
 
     async def read_after(

@@ -89,6 +89,7 @@ class Link:
         self._news_key: Final = secret.prefix + b"news"
         self._seal: Final = Seal(secret.seal_key)
         self._position = _FIRST  # of the last entry that was heard
+        self._end = _FIRST  # of the last that was told
         self._tasks: list[asyncio.Task[None]] = []
         self._has_news = asyncio.Event()
         self._is_caught_up = asyncio.Event()
@@ -131,10 +132,10 @@ class Link:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._journal.is_open:
-            with contextlib.suppress(StoreError):
-                await self._send(beat=True)
         with contextlib.suppress(StoreError):
+            if self._journal.is_open:
+                await self._send(beat=True)
+                await self._write_snapshots(inf)
             await self._leases.release()
         self._journal.close()
         await self.store.close()
@@ -147,9 +148,7 @@ class Link:
             except StoreError as error:
                 self._lost(error)
                 await asyncio.sleep(FLUSH_S if self.store.is_up else BEAT_S / 2)
-            except asyncio.CancelledError:
-                raise
-            except Exception:
+            except Exception:  # noqa: BLE001
                 # A defect of ours must not end the sharing for good, and never the routing.
                 _log.exception("telling and hearing failed")
                 self._lost(None)
@@ -181,12 +180,14 @@ class Link:
     async def _send(self, *, beat: bool) -> None:
         now = self._clock()
         self.hearing.expire(now)
-        batch = self._journal.take(self._fleet.replicas, self._index, now, beat=beat)
+        batch = self._journal.take(self._fleet.replicas, self._index, beat=beat)
         if batch is None:
             return
         self._sent[batch.number] = now
         sealed = self._seal.close(news.pack(batch), self._news_key)
-        await self.store.append(self._news_key, sealed, KEPT_S, _TELL_BUDGET_S)
+        milliseconds = max(0, _order(self._end)[0] - int(KEPT_S * 1e3))  # by the server's clock
+        oldest = b"%d-0" % milliseconds
+        self._end = await self.store.append(self._news_key, sealed, oldest, _TELL_BUDGET_S)
         self.num_sent += 1
 
     async def _hear(self) -> None:
@@ -242,7 +243,7 @@ class Link:
         return await self.store.get_many(keys, _READ_BUDGET_S) if keys else []
 
     def _take_in(self, entries: list[tuple[bytes, bytes]], end: bytes | None = None) -> None:
-        """`end`: the last entry, where these are old ones: who told no more since, lives no more."""
+        """`end`: the last entry, where these are old: who told no more since lives no more."""
         now = self._clock()
         for position, sealed in entries:
             self._position = position
@@ -277,19 +278,23 @@ class Link:
 
     async def _feed(self) -> None:
         await self._is_caught_up.wait()
-        fed = await self._leases.beat([replica.url for replica in self._fleet.replicas])
-        self._journal.feeding = frozenset(fed)
-        for replica in self._fleet.replicas:
-            if replica.url in fed:
-                await self._snapshot(replica)
+        names = [replica.url.encode() for replica in self._fleet.replicas]
+        fed = await self._leases.beat(names) if names else {}
+        self._journal.feeding = frozenset(name.decode() for name in fed)
+        await self._write_snapshots(self._clock() - SNAPSHOT_S)
         await asyncio.sleep(BEAT_S)
 
-    async def _snapshot(self, replica: Replica) -> None:
+    async def _write_snapshots(self, written_before: float) -> None:
+        for replica in self._fleet.replicas:
+            if replica.url in self._journal.feeding:
+                await self._write_snapshot(replica, written_before)
+
+    async def _write_snapshot(self, replica: Replica, written_before: float) -> None:
         """Write down what is believed of a replica, if that is not what was written last."""
         now, index, holder = self._clock(), self._index, replica.holder
         state = holder, index.newest(holder), index.num_blocks(holder)
         written = self._written.get(replica.url)
-        if written is not None and (written.state == state or now < written.at + SNAPSHOT_S):
+        if written is not None and (written.state == state or written.at > written_before):
             return
         batch, key = self._journal.snapshot(replica, index), self._snapshot_key(replica.url)
         value = self._position + b" " + self._seal.close(news.pack(batch), key)

@@ -1,4 +1,4 @@
-"""Seals what routers write into Redis for each other: unreadable and unforgeable without the secret.
+"""Seals what routers write for each other: unreadable and unforgeable without the secret.
 
     sealed = nonce (24 random bytes) | XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha-03) of the data
 

@@ -24,17 +24,20 @@ def make_link(config: RouterConfig, placer: Placer, clock: Callable[[], float]) 
     assert journal is not None
     assert config.redis is not None
     assert config.redis_secret_file is not None
-    password = None
+    password = ""
     if config.redis_password_file is not None:
         password = _read(config.redis_password_file).decode("utf-8", "replace").strip()
+    ca_file = "" if config.redis_ca_file is None else str(config.redis_ca_file)
     try:
-        address = parse_address(config.redis, password=password, ca_file=config.redis_ca_file)
+        address = parse_address(config.redis, password=password, ca_file=ca_file)
         secret = ClusterSecret(_read(config.redis_secret_file).strip())
-    except (AddressError, SecretError) as error:
+        store = Store(address, _log_change, probe_key=secret.prefix + b"probe")
+    except AddressError as error:
         raise ConfigError(str(error)) from None
-    store = Store(address, _log_change)
+    except SecretError as error:
+        raise ConfigError(f"{config.redis_secret_file}: {error}") from None
     hearing = Hearing(placer.fleet, placer.index, journal.router, journal.stamps)
-    leases = Leases(store, secret.prefix, journal.router)
+    leases = Leases(store, secret.prefix, b"%d" % journal.router)
     return Link(store, leases, secret, placer.fleet, placer.index, journal, hearing, clock)
 
 

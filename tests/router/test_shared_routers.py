@@ -1,0 +1,192 @@
+"""Routers that share through a real Redis: one fleet, several routers, real sockets between all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from asking import PROMPT, complete, get, until
+from redis_servers import RedisServer
+
+SECRET = "a secret that is thirty-two bytes"
+
+
+@pytest.fixture(params=["6.2", "8.2"])
+def server(request):
+    with RedisServer(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def sharing(server, tmp_path):
+    """Options of a router that shares there."""
+    path: Path = tmp_path / "secret"
+    path.write_text(SECRET)
+    return {"redis": server.url, "redis_secret_file": path}
+
+
+def holders(router) -> set[str]:
+    """Replicas that are believed to hold something."""
+    index = router.placer.index
+    return {r.name for r in router.placer.fleet.replicas if index.num_blocks(r.holder)}
+
+
+def views(router) -> dict[str, list[tuple[int, int, list[int]]]]:
+    index = router.placer.index
+    return {
+        r.url: [tuple(t) for t in index.touches(r.holder)] for r in router.placer.fleet.replicas
+    }
+
+
+async def test_what_one_router_placed_the_other_knows(start_router, replicas, sharing):
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    assert await complete(one) == 200
+
+    await until(lambda: holders(other) == holders(one) != set())
+    for _ in range(5):
+        assert await complete(other) == 200
+
+    served = [len(fake.bodies) for fake in replicas]
+    assert sorted(served) == [0, 6]
+    await until(lambda: views(one) == views(other))
+    assert other.link.hearing.num_peers == one.link.hearing.num_peers == 1
+
+
+async def test_work_of_the_other_counts_until_it_is_done(start_router, replicas, sharing):
+    for fake in replicas:
+        fake.fault = "hang"
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    asking = asyncio.create_task(complete(one, stream=True))
+
+    def seen() -> int:
+        return sum(r.shared.num_in_flight for r in other.placer.fleet.replicas)
+
+    await until(lambda: seen() == 1)
+    assert sum(r.num_in_flight for r in other.placer.fleet.replicas) == 0
+    for fake in replicas:
+        fake.fault = None
+        fake.gate.set()
+    assert await asking == 200
+    await until(lambda: seen() == 0)
+
+
+async def test_reservations_of_a_dead_router_vanish(start_router, replicas, sharing):
+    for fake in replicas:
+        fake.fault = "hang"
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    asking = asyncio.create_task(complete(one, stream=True))
+    await until(lambda: any(r.shared.num_in_flight for r in other.placer.fleet.replicas))
+
+    for task in one.link._tasks:  # it is silent from now on, as after a SIGKILL
+        task.cancel()
+
+    await until(lambda: not any(r.shared.num_in_flight for r in other.placer.fleet.replicas))
+    assert other.link.hearing.num_peers == 0
+    for fake in replicas:
+        fake.fault = None
+        fake.gate.set()
+    await asking
+
+
+async def test_a_router_that_starts_later_knows_it_all(start_router, replicas, sharing):
+    one = await start_router(*replicas, **sharing)
+    for number in range(20):
+        await complete(one, prompt=f"{number} " * 400)
+    written = one.link._written
+    await until(lambda: len(written) == len(holders(one)))
+
+    late = await start_router(*replicas, **sharing)
+
+    assert views(late) == views(one)
+
+
+async def test_it_knows_it_from_snapshots_alone(start_router, replicas, sharing, server):
+    one = await start_router(*replicas, **sharing)
+    await complete(one)
+    key = one.link._news_key
+    await until(lambda: bool(holders(one)) and len(one.placer.journal.feeding) == 2)
+    state = views(one)
+    await one.stop()  # and writes down what it knows
+    server.client.delete(key)
+
+    late = await start_router(*replicas, **sharing)
+
+    assert views(late) == state
+
+
+async def test_a_feeder_that_dies_is_succeeded(start_router, replicas, sharing):
+    one = await start_router(*replicas, **sharing)
+    await until(lambda: len(one.placer.journal.feeding) == 2)
+    other = await start_router(*replicas, **sharing)
+    assert not other.placer.journal.feeding
+
+    for task in one.link._tasks:
+        task.cancel()
+
+    await until(lambda: len(other.placer.journal.feeding) == 2)
+
+
+async def test_another_secret_is_another_cluster(start_router, replicas, sharing, tmp_path):
+    path = tmp_path / "another"
+    path.write_text(SECRET + "!")
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **{**sharing, "redis_secret_file": path})
+    await complete(one)
+    await until(lambda: one.link.num_sent > 2 and other.link.num_sent > 2)
+
+    assert not holders(other)
+    assert other.link.hearing.num_peers == 0
+
+
+async def test_redis_is_told_nothing_that_can_be_read(start_router, replicas, sharing, server):
+    router = await start_router(*replicas, **sharing)
+    await complete(router)
+    await router.link._write_snapshots(float("inf"))
+    client = server.client
+
+    dump = b""
+    for key in client.keys("*"):
+        dump += key + (client.dump(key) or b"")
+        if client.type(key) == b"stream":
+            dump += b"".join(fields[b"b"] for _, fields in client.xrange(key))
+
+    [holding] = [r for r in router.placer.fleet.replicas if router.placer.index.num_bytes(r.holder)]
+    chain = [b for t in router.placer.index.touches(holding.holder) for b in t.blocks]
+    assert chain
+    for block in chain:
+        assert block.to_bytes(8, "little") not in dump
+        assert block.to_bytes(8, "big") not in dump
+    assert PROMPT[:40].encode() not in dump
+    assert SECRET.encode() not in dump
+
+
+async def test_poisoned_news_are_left_out(start_router, replicas, sharing, server):
+    router = await start_router(*replicas, **sharing)
+    key = router.link._news_key
+    client = server.client
+    await until(lambda: router.link.num_sent > 0)
+    [(_, mine)] = client.xrange(key, count=1)
+    for blob in (b"", b"x" * 10, b"x" * 200, mine[b"b"][:-1], mine[b"b"][::-1]):
+        client.xadd(key, {"b": blob})
+    client.xadd(key, {"other": "field"})
+
+    await until(lambda: router.link.num_void["not sealed"] >= 5)
+    late = await start_router(*replicas, **sharing)
+    assert await complete(router) == 200
+    await until(lambda: holders(late) == holders(router) != set())
+
+
+async def test_metrics_tell_of_the_store(start_router, replicas, sharing):
+    one = await start_router(*replicas, **sharing)
+    await start_router(*replicas, **sharing)
+    await until(lambda: one.link.hearing.num_peers == 1)
+
+    _, page, _ = await get(one, "/metrics")
+
+    assert b"roost_router_store_up 1.0" in page
+    assert b"roost_router_peers 1.0" in page
+    assert b'roost_router_news_batches_total{direction="heard"}' in page
