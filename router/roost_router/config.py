@@ -83,8 +83,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"{self.port} is data and admin port: choose two")
         if self.redis is not None and self.redis_secret_file is None:
             raise ConfigError(
-                "--redis needs --redis-secret-file: what routers keep there is sealed with it; make "
-                "one with `head -c 32 /dev/urandom | base64 >FILE`"
+                "--redis needs --redis-secret-file: what routers keep there is sealed with it; "
+                "make one with `head -c 32 /dev/urandom | base64 >FILE`"
             )
         if self.redis is None and (self.redis_secret_file or self.redis_password_file):
             raise ConfigError("--redis-secret-file and --redis-password-file are for --redis")
