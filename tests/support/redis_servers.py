@@ -156,6 +156,12 @@ class RedisServer:
         """SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
 
+    def role(self) -> str:
+        """Whether it is a "master" or a "slave"; empty while it changes, which ends connections."""
+        with contextlib.suppress(redis.ConnectionError):
+            return str(self.client.info()["role"])
+        return ""
+
     def log(self) -> str:
         """What it has logged."""
         path = self.folder / "log"
@@ -267,7 +273,7 @@ class RedisSentinels:
         """Wait until another server than `before` is the primary and takes writes; that one."""
         _until(lambda: self.primary() is not before)
         after = self.primary()
-        _until(lambda: after.client.info()["role"] == "master")
+        _until(lambda: after.role() == "master")
         return after
 
     def _knows_all(self, sentinel: RedisServer) -> bool:

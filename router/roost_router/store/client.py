@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any, Final, Protocol
@@ -45,6 +46,7 @@ Entries = list[tuple[bytes, bytes]]
 _START_S = 0.3  # that `start` waits for the first look
 _RETRY_S = (0.02, 0.5)  # between two looks: at first, at most
 _WATCH_S = 0.25
+_WATCHES_A_SENTINEL = 4  # asked each second
 _READ_SLACK_S = 1.0  # a blocking read may end later than asked: servers look ten times a second
 _MAX_REDIRECTS = 5
 _MAX_LINKS = 8
@@ -88,6 +90,7 @@ class Store:
         self._probe_key = probe_key
         self._rng = Random()
         self._home = address.nodes[0]
+        self._named_by: Node | None = None  # the sentinel that named it
         self._is_up = False
         self._why = "not started"
         self._links: dict[Node, Connection] = {}
@@ -350,15 +353,29 @@ class Store:
     async def _watch(self) -> None:
         """Until the home is lost. Looks twice: a loop that was held up has unread replies."""
         was_stuck = False
-        while not self._lost.is_set():
+        for number in itertools.count(1):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_WATCH_S):
                     await self._lost.wait()
+            if self._lost.is_set():
+                return
             home = self._links.get(self._home)
             is_stuck = home is not None and home.is_stuck()
             if is_stuck and was_stuck:
                 self._lose(f"{self._home}: no reply")
             was_stuck = is_stuck
+            if self._named_by is not None and number % _WATCHES_A_SENTINEL == 0:
+                await self._check_primary(self._named_by)
+
+    async def _check_primary(self, sentinel: Node) -> None:
+        """Leave a home that is no primary any more: for ten seconds it does not know itself.
+
+        Asks the sentinel that named it: another may be behind, and would be believed in turns.
+        """
+        with contextlib.suppress(StoreError):
+            node = await self._dialler.ask_sentinel(sentinel)
+            if node != self._home:
+                self._lose(f"{self._home}: sentinels name {node} now")
 
     async def _find(self) -> str | None:
         """Make the node that takes writes the home; or why there is none."""
@@ -367,6 +384,7 @@ class Store:
             try:
                 if self._address.mode is Mode.SENTINEL:
                     self._home = await self._dialler.ask_sentinel(candidate)
+                    self._named_by = candidate
                 else:
                     self._home = candidate
                 async with asyncio.timeout(DIAL_S):
