@@ -33,6 +33,16 @@ def test_what_the_router_alone_can_do_needs_no_aiohttp():
     assert "aiohttp" not in imported_by(statement)
 
 
+def test_a_router_without_a_store_needs_nothing_of_it():
+    assert not {"hiredis", "nacl", "redis"} & imported_by("import roost.up, roost_router.app")
+
+
+def test_the_store_needs_no_redis_py():
+    found = imported_by("import roost_router.store.client")
+    assert "hiredis" in found
+    assert "redis" not in found
+
+
 def test_help_imports_only_the_command_line():
     assert not (HEAVY | {"aiohttp", "uvloop", "prometheus_client"}) & imported_by(
         "import roost.cli"

@@ -175,12 +175,22 @@ async def test_a_server_that_is_full_from_the_start_is_up():
                 await store.append(KEY, b"news", 10)
 
 
-async def test_a_primary_that_became_a_replica(server):
+async def by_append(store: Store) -> None:
+    await store.append(KEY, b"news", 10)
+
+
+async def by_script(store: Store) -> None:
+    await store.call(ONE, [b"roost:{t}:n"], [], 0.5)
+
+
+@pytest.mark.parametrize("write", [by_append, by_script])
+async def test_a_primary_that_became_a_replica(server, write):
     async with open_store(server.url) as store:
+        await write(store)
         with RedisServer(server.version) as primary:
             server.client.replicaof("127.0.0.1", primary.port)
             await until(lambda: server.client.info()["master_link_status"] == "up")
-            faults = [await fault_of(store.append(KEY, b"news", 10), 0.5) for _ in range(3)]
+            faults = [await fault_of(write(store), 0.5) for _ in range(3)]
             assert set(faults) <= {StoreFault.REFUSED, StoreFault.DOWN}
             await until(lambda: not store.is_up and "READONLY" in store.why_down)
             server.client.replicaof("NO", "ONE")

@@ -17,6 +17,7 @@ Not here: which server, and how long a caller waits (client.py).
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -37,14 +38,19 @@ STUCK_S: Final = 1.0
 Part = bytes | str | int
 _NO_REPLY: Final = object()
 _MAX_TEXT = 200
+_IN_SCRIPT = re.compile(r"ERR Error running script .*@user_script:\s?\d+: -([A-Z]+) ")
 
 
 class ServerError(Exception):
-    """A server's reply is an error; `code` is its first word."""
+    """A server's reply is an error; `code` is its first word.
+
+    Of an error inside a script, Redis 6 tells the code in the midst of its own words.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text[:_MAX_TEXT])
-        self.code = text.partition(" ")[0]
+        inner = _IN_SCRIPT.match(text)
+        self.code = inner[1] if inner else text.partition(" ")[0]
 
 
 class Connection(asyncio.Protocol):
