@@ -35,7 +35,7 @@ from roost_router.store.errors import StoreError, StoreFault
 
 #: The rights that a Redis user needs for what is sent here; scripts need those of their commands.
 COMMANDS: Final = (
-    "asking", "auth", "del", "evalsha", "get", "mget", "script|load", "select", "set", "xadd",
+    "asking", "del", "evalsha", "get", "mget", "script|load", "select", "set", "xadd",
     "xrange", "xread", "xrevrange",
 )  # fmt: skip
 #: The field of a stream's entry that holds its blob.
@@ -134,14 +134,14 @@ class Store:
     async def read_after(
         self, key: bytes, after: bytes, wait_s: float, max_entries: int
     ) -> Entries:
-        """Entries of a stream after an id, as soon as there are any; none after `wait_s`.
+        """Entries of a stream after an id, as soon as there are any; none after `wait_s` (0: at once).
 
         On a connection of its own. An entry that `append` did not write is counted and has an empty
         blob, so that whoever reads on from the last id gets past it.
         """
-        block_ms = max(1, round(wait_s * 1000))
+        block = ("BLOCK", max(1, round(wait_s * 1000))) if wait_s > 0 else ()
         reply = await self._call(
-            ("XREAD", "COUNT", max_entries, "BLOCK", block_ms, "STREAMS", key, after),
+            ("XREAD", "COUNT", max_entries, *block, "STREAMS", key, after),
             wait_s + _READ_SLACK_S,
             is_blocking=True,
         )
