@@ -42,7 +42,7 @@ async def behind(proxy: TcpProxy, told: list[Told] | None = None) -> AsyncIterat
 async def each_call_fails(store: Store, budget_s: float = 0.05) -> set[StoreFault]:
     """What calls of every kind fail with, all at once and one after another."""
     calls = [
-        lambda: store.append(KEY, b"news", 10, budget_s),
+        lambda: store.append(KEY, b"news", b"0-0", budget_s),
         lambda: store.read_after(KEY, b"0-0", budget_s, 10),
         lambda: store.read_range(KEY, b"-", 10, budget_s),
         lambda: store.last_id(KEY, budget_s),
@@ -99,11 +99,11 @@ async def test_a_stopped_server(server):
 async def test_a_slow_server_serves_whoever_has_the_time(server, proxy):
     told: list[Told] = []
     async with behind(proxy, told) as store:
-        await store.append(KEY, b"news", 10)
+        await store.append(KEY, b"news", b"0-0")
         proxy.delay_s = 0.1  # each way
         for _ in range(3):
             assert await fault_of(store.get(KEY, 0.005), 0.005) is StoreFault.LATE
-            await store.append(KEY, b"news", 10, 10)
+            await store.append(KEY, b"news", b"0-0", 10)
         proxy.delay_s = 0
         await until_works(store)
         assert server.client.xlen(KEY) >= 4
@@ -157,9 +157,9 @@ async def test_a_connection_that_breaks_under_many_calls(server, proxy):
 
 async def test_a_full_server_is_read_and_stays_up(server):
     async with open_store(server.url) as store:
-        entry_id = await store.append(KEY, b"news", 10)
+        entry_id = await store.append(KEY, b"news", b"0-0")
         server.client.config_set("maxmemory", "100kb")  # less than the server itself takes
-        assert await fault_of(store.append(KEY, b"more", 10), 0.5) is StoreFault.REFUSED
+        assert await fault_of(store.append(KEY, b"more", b"0-0"), 0.5) is StoreFault.REFUSED
         assert await fault_of(store.call(ONE, [b"roost:{t}:n"], [], 1), 1) is StoreFault.REFUSED
         assert await store.read_range(KEY, b"-", 10) == [(entry_id, b"news")]
         assert store.is_up
@@ -172,11 +172,11 @@ async def test_a_server_that_is_full_from_the_start_is_up():
         async with open_store(server.url) as store:
             assert store.is_up
             with pytest.raises(StoreError, match="OOM"):
-                await store.append(KEY, b"news", 10)
+                await store.append(KEY, b"news", b"0-0")
 
 
 async def by_append(store: Store) -> None:
-    await store.append(KEY, b"news", 10)
+    await store.append(KEY, b"news", b"0-0")
 
 
 async def by_script(store: Store) -> None:
@@ -228,7 +228,7 @@ def is_loading(server: RedisServer) -> bool:
 
 async def test_a_flushed_server(server):
     async with open_store(server.url) as store:
-        await store.append(KEY, b"news", 10)
+        await store.append(KEY, b"news", b"0-0")
         await store.call(ONE, [b"roost:{t}:n"], [], 1)
         server.client.flushall()
         server.client.script_flush()
@@ -236,7 +236,7 @@ async def test_a_flushed_server(server):
         assert await store.last_id(KEY) == b"0-0"
         assert await store.read_range(KEY, b"-", 10) == []
         assert await store.call(ONE, [b"roost:{t}:n"], [], 1) == 1
-        await store.append(KEY, b"news", 10)
+        await store.append(KEY, b"news", b"0-0")
 
 
 async def test_values_of_another_type(server):
@@ -245,7 +245,7 @@ async def test_values_of_another_type(server):
         server.client.rpush(KEY, "poison")
         server.client.hset(other, "poison", 1)
         for call in (
-            store.append(KEY, b"news", 10),
+            store.append(KEY, b"news", b"0-0"),
             store.read_after(KEY, b"0-0", 0.1, 10),
             store.read_range(KEY, b"-", 10),
             store.last_id(KEY),
@@ -256,13 +256,13 @@ async def test_values_of_another_type(server):
         assert await store.get_many([other]) == [None]
         assert store.is_up
         await store.delete([KEY, other])
-        await store.append(KEY, b"news", 10)
+        await store.append(KEY, b"news", b"0-0")
 
 
 async def test_a_stream_that_takes_no_entry_any_more(server):
     async with open_store(server.url) as store:
         server.client.xadd(KEY, {"b": "poison"}, id=f"{2**64 - 1}-{2**64 - 1}")
-        assert await fault_of(store.append(KEY, b"news", 10), 0.5) is StoreFault.REFUSED
+        assert await fault_of(store.append(KEY, b"news", b"0-0"), 0.5) is StoreFault.REFUSED
         assert store.is_up
 
 

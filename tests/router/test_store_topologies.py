@@ -51,14 +51,14 @@ def other_than(cluster: RedisCluster, node: RedisServer) -> RedisServer:
 
 async def test_the_primary_that_sentinels_name_is_used(sentinels):
     async with open_store(sentinels.url) as store:
-        await store.append(KEY, b"news", 10)
+        await store.append(KEY, b"news", b"0-0")
         assert sentinels.primary().client.xlen(KEY) == 1
 
 
 async def test_a_failover_is_followed(sentinels):
     told: list[Told] = []
     async with open_store(sentinels.url, told) as store:
-        await store.append(KEY, b"before", 10)
+        await store.append(KEY, b"before", b"0-0")
         first = sentinels.primary()
         first.client.wait(1, 5000)
         reading = asyncio.create_task(store.read_after(KEY, b"$", 30, 10))
@@ -67,10 +67,10 @@ async def test_a_failover_is_followed(sentinels):
         with pytest.raises(StoreError):
             await reading
         await until(lambda: not store.is_up)
-        assert await fault_of(store.append(KEY, b"lost", 10), 0.5) is StoreFault.DOWN
+        assert await fault_of(store.append(KEY, b"lost", b"0-0"), 0.5) is StoreFault.DOWN
         await asyncio.to_thread(sentinels.until_failed_over, first)
         await until_works(store)
-        await store.append(KEY, b"after", 10)
+        await store.append(KEY, b"after", b"0-0")
 
         assert [blob for _, blob in await store.read_range(KEY, b"-", 10)] == [b"before", b"after"]
     assert [change.is_up for change in told][:2] == [True, False]
@@ -80,14 +80,14 @@ async def test_a_primary_that_is_replaced_alive_is_left(sentinels):
     """An operator asks for it: for ten seconds the old primary takes writes as before."""
     told: list[Told] = []
     async with open_store(sentinels.url, told) as store:
-        await store.append(KEY, b"before", 10)
+        await store.append(KEY, b"before", b"0-0")
         first = sentinels.primary()
         first.client.wait(1, 5000)
         await until(lambda: is_failover_begun(sentinels.sentinels[0]))
         second = await asyncio.to_thread(sentinels.until_failed_over, first)
         await until(lambda: any("sentinels name" in change.why for change in told))
         await until_works(store)
-        await store.append(KEY, b"after", 10)
+        await store.append(KEY, b"after", b"0-0")
 
         assert second.client.xlen(KEY) == 2
 
@@ -132,7 +132,7 @@ async def test_a_cluster_serves_from_whichever_node_it_is_given(cluster):
     owner = cluster.owner(KEY)
     for node in cluster.nodes:
         async with open_store(f"redis+cluster://127.0.0.1:{node.port}") as store:
-            await store.append(KEY, b"news", 10)
+            await store.append(KEY, b"news", b"0-0")
             assert len(await store.read_after(KEY, b"0-0", 1, 10)) > 0
             await store.call(COUNT, [b"roost:{t}:n"], [], 1)
     assert cluster.call(owner, "XLEN", KEY) == 3
@@ -149,7 +149,7 @@ async def test_seeds_that_are_gone_are_passed_over(cluster):
 async def test_a_slot_that_moves_is_followed_by_calls_and_readers(cluster, store):
     """MOVED; the node it moved to does not know the script."""
     source = cluster.owner(KEY)
-    await store.append(KEY, b"before", 10)
+    await store.append(KEY, b"before", b"0-0")
     assert await store.call(COUNT, [b"roost:{t}:n"], [], 1) == 1
     reading = asyncio.create_task(store.read_after(KEY, await store.last_id(KEY), 20, 10))
     await asyncio.sleep(0.05)
@@ -157,7 +157,7 @@ async def test_a_slot_that_moves_is_followed_by_calls_and_readers(cluster, store
     await asyncio.to_thread(cluster.move, KEY, to)
 
     assert await store.call(COUNT, [b"roost:{t}:n"], [], 1) == 2
-    await store.append(KEY, b"after", 10)
+    await store.append(KEY, b"after", b"0-0")
     assert [blob for _, blob in await reading] == [b"after"]
     assert cluster.call(to, "XLEN", KEY) == 2
     assert store.is_up
@@ -166,13 +166,13 @@ async def test_a_slot_that_moves_is_followed_by_calls_and_readers(cluster, store
 async def test_a_slot_that_is_moving_is_asked_for(cluster, store):
     """ASK, key by key: what is not there yet is made where the slot goes."""
     source = cluster.owner(KEY)
-    await store.append(KEY, b"news", 10)
+    await store.append(KEY, b"news", b"0-0")
     to = other_than(cluster, source)
     cluster.start_moving(KEY, to)
 
     assert len(await store.read_range(KEY, b"-", 10)) == 1  # has not moved yet
     assert await store.call(COUNT, [b"roost:{t}:n"], [], 1) == 1
-    await store.append(b"roost:{t}:new", b"news", 10)
+    await store.append(b"roost:{t}:new", b"news", b"0-0")
     assert len(await store.read_after(b"roost:{t}:new", b"0-0", 1, 10)) == 1
     assert cluster.call(source, "EXISTS", KEY) == 1
     assert cluster.call(to, "CLUSTER", "COUNTKEYSINSLOT", cluster.slot(KEY)) >= 2
@@ -188,7 +188,7 @@ async def test_a_storm_of_moves_ends_no_call_but_within_its_budget(cluster, stor
         nonlocal done, failed
         while not is_over.is_set():
             try:
-                await store.append(KEY, b"news", 1000, 0.5)
+                await store.append(KEY, b"news", b"0-0", 0.5)
                 done += 1
             except StoreError:
                 failed += 1
@@ -213,7 +213,7 @@ async def test_a_node_that_dies_with_our_slot_is_waited_for(cluster, store):
     owner = cluster.owner(KEY)
     owner.kill()
     await until(lambda: not store.is_up)
-    assert await fault_of(store.append(KEY, b"news", 10), 0.5) is StoreFault.DOWN
+    assert await fault_of(store.append(KEY, b"news", b"0-0"), 0.5) is StoreFault.DOWN
     await asyncio.sleep(0.2)
     assert not store.is_up  # the others are there, but they are not home
     owner.start()

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final, Protocol
 
@@ -32,16 +32,13 @@ from roost_router.store.address import Mode, Node, StoreAddress
 from roost_router.store.connection import Connection, Part, ServerError
 from roost_router.store.dial import DIAL_S, Dialler
 from roost_router.store.errors import StoreError, StoreFault
+from roost_router.store.replies import FIELD, Entries, bytes_of, entries_of, expecting, redirection
 
 #: The rights that a Redis user needs for what is sent here; scripts need those of their commands.
 COMMANDS: Final = (
     "asking", "del", "evalsha", "get", "mget", "script|load", "select", "set", "xadd",
     "xrange", "xread", "xrevrange",
 )  # fmt: skip
-#: The field of a stream's entry that holds its blob.
-FIELD: Final = b"b"
-
-Entries = list[tuple[bytes, bytes]]
 
 _START_S = 0.3  # that `start` waits for the first look
 _RETRY_S = (0.02, 0.5)  # between two looks: at first, at most
@@ -126,18 +123,20 @@ class Store:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_links()
 
-    async def append(self, key: bytes, blob: bytes, oldest: bytes, budget_s: float = 0.5) -> bytes:
+    async def append(
+        self, key: bytes, blob: bytes, oldest: bytes, budget_s: float = 0.5
+    ) -> bytes:
         """Add an entry to a stream, which forgets about all before the id `oldest`; its id."""
         trim: tuple[Part, ...] = ("MINID", "~", oldest, "*")
-        return _bytes(await self._call(("XADD", key, *trim, FIELD, blob), budget_s))
+        return bytes_of(await self._call(("XADD", key, *trim, FIELD, blob), budget_s))
 
     async def read_after(
         self, key: bytes, after: bytes, wait_s: float, max_entries: int
     ) -> Entries:
-        """Entries of a stream after an id, as soon as there are any; none after `wait_s` (0: at once).
+        """Entries of a stream after an id, as soon as there are any; none after `wait_s`.
 
-        On a connection of its own. An entry that `append` did not write is counted and has an empty
-        blob, so that whoever reads on from the last id gets past it.
+        On a connection of its own; with `wait_s` 0 at once. An entry that `append` did not write is
+        counted and has an empty blob, so that whoever reads on from the last id gets past it.
         """
         block = ("BLOCK", max(1, round(wait_s * 1000))) if wait_s > 0 else ()
         reply = await self._call(
@@ -147,7 +146,7 @@ class Store:
         )
         if reply is None:
             return []
-        with _sense():
+        with expecting():
             ((_, entries),) = reply
             return self._entries(entries)
 
@@ -156,27 +155,27 @@ class Store:
     ) -> Entries:
         """Entries of a stream from the id `first` on, as `read_after` gives them."""
         reply = await self._call(("XRANGE", key, first, "+", "COUNT", max_entries), budget_s)
-        with _sense():
+        with expecting():
             return self._entries(reply)
 
     async def last_id(self, key: bytes, budget_s: float = 0.5) -> bytes:
         """Id of a stream's newest entry; b"0-0" where there is none."""
         reply = await self._call(("XREVRANGE", key, "+", "-", "COUNT", 1), budget_s)
-        with _sense():
-            return _bytes(reply[0][0]) if reply else b"0-0"
+        with expecting():
+            return bytes_of(reply[0][0]) if reply else b"0-0"
 
     async def get(self, key: bytes, budget_s: float = 0.5) -> bytes | None:
         """The value of a key."""
         reply = await self._call(("GET", key), budget_s)
-        return None if reply is None else _bytes(reply)
+        return None if reply is None else bytes_of(reply)
 
     async def get_many(self, keys: Sequence[bytes], budget_s: float = 0.5) -> list[bytes | None]:
         """The values of keys, in their order; None also where one is no string."""
         if not keys:
             return []
         reply = await self._call(("MGET", *keys), budget_s)
-        with _sense():
-            values = [None if value is None else _bytes(value) for value in reply]
+        with expecting():
+            values = [None if value is None else bytes_of(value) for value in reply]
         if len(values) != len(keys):
             raise StoreError(StoreFault.NONSENSE, "another number of values than of keys")
         return values
@@ -193,7 +192,7 @@ class Store:
         if not keys:
             return 0
         reply = await self._call(("DEL", *keys), budget_s)
-        with _sense():
+        with expecting():
             return int(reply)
 
     async def call(
@@ -248,10 +247,10 @@ class Store:
             except ServerError as refusal:
                 match refusal.code:
                     case "MOVED":
-                        node, is_asking = _redirection(refusal, node), False
+                        node, is_asking = redirection(str(refusal), node), False
                         self._home = node
                     case "ASK":
-                        node, is_asking = _redirection(refusal, node), True
+                        node, is_asking = redirection(str(refusal), node), True
                     case "NOSCRIPT" if script is not None:
                         await self._ask_link(node, ("SCRIPT", "LOAD", script.source), budget_s)
                     case _:
@@ -411,11 +410,8 @@ class Store:
                 raise StoreError(StoreFault.REFUSED, f"{self._home}: {refusal}") from None
 
     def _entries(self, reply: Any) -> Entries:
-        entries = []
-        for entry_id, fields in reply:
-            is_ours = len(fields) == 2 and fields[0] == FIELD
-            self.num_foreign += not is_ours
-            entries.append((_bytes(entry_id), _bytes(fields[1]) if is_ours else b""))
+        entries, num_foreign = entries_of(reply)
+        self.num_foreign += num_foreign
         return entries
 
 
@@ -431,26 +427,3 @@ async def _ask(
     if isinstance(reply, ServerError):
         raise reply
     return reply
-
-
-def _redirection(refusal: ServerError, node: Node) -> Node:
-    """The node that `MOVED slot host:port` or `ASK ...` of `node` names; no host means the same."""
-    with _sense():
-        _, _, place = str(refusal).split(" ")
-        host, _, port = place.rpartition(":")
-        return Node(host or node.host, int(port))
-
-
-def _bytes(reply: Any) -> bytes:
-    if isinstance(reply, bytes):
-        return reply
-    raise StoreError(StoreFault.NONSENSE, f"a reply of type {type(reply).__name__}")
-
-
-@contextlib.contextmanager
-def _sense() -> Iterator[None]:
-    """Reads a reply; one of another shape than its command has raises StoreError (NONSENSE)."""
-    try:
-        yield
-    except (TypeError, ValueError, IndexError, AttributeError):
-        raise StoreError(StoreFault.NONSENSE, "a reply of another shape than expected") from None

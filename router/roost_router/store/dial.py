@@ -17,6 +17,7 @@ from typing import Final
 from roost_router.store.address import AddressError, Node, StoreAddress
 from roost_router.store.connection import Connection, ServerError
 from roost_router.store.errors import StoreError, StoreFault
+from roost_router.store.replies import expecting
 
 #: Seconds for a connection that can be used.
 DIAL_S: Final = 1.0
@@ -63,12 +64,9 @@ class Dialler:
             raise StoreError(StoreFault.DOWN, message)
         if isinstance(reply, Exception):
             raise StoreError(StoreFault.DOWN, f"sentinel {sentinel}: {reply}")
-        try:
+        with expecting():
             host, port = reply
             return Node(host.decode(), int(port))
-        except (TypeError, ValueError, AttributeError):
-            message = f"sentinel {sentinel} names no address"
-            raise StoreError(StoreFault.NONSENSE, message) from None
 
 
 @contextlib.asynccontextmanager
