@@ -123,9 +123,7 @@ class Store:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._close_links()
 
-    async def append(
-        self, key: bytes, blob: bytes, oldest: bytes, budget_s: float = 0.5
-    ) -> bytes:
+    async def append(self, key: bytes, blob: bytes, oldest: bytes, budget_s: float = 0.5) -> bytes:
         """Add an entry to a stream, which forgets about all before the id `oldest`; its id."""
         trim: tuple[Part, ...] = ("MINID", "~", oldest, "*")
         return bytes_of(await self._call(("XADD", key, *trim, FIELD, blob), budget_s))
