@@ -18,8 +18,8 @@ from hashlib import sha1
 from typing import Any
 
 from roost_router.store import scripts
-from roost_router.store.index import CHUNK_IDS, MAX_PROBES, TTL_S
-from roost_router.store.masks import MAX_BUCKET_BLOCKS
+from roost_router.store.index import CHUNK_IDS, LOOKUP_IDS, MAX_PROBES, TTL_S
+from roost_router.store.masks import MAX_BUCKET_BLOCKS, thinned
 
 NUM_REPLICAS = 16
 Command = tuple[bytes | str | int, ...]
@@ -50,6 +50,10 @@ class Layout(ABC):
     @abstractmethod
     def lookup(self, ids: bytes) -> list[Command]:
         """Who holds how much of a chain."""
+
+    def usual_lookup(self, ids: bytes) -> list[Command]:
+        """The same as it is really asked, if that is something else."""
+        return self.lookup(ids)
 
 
 class Ours(Layout):
@@ -85,6 +89,10 @@ class Ours(Layout):
     def lookup(self, ids: bytes) -> list[Command]:
         """One call."""
         return [_call(scripts.LOOKUP, ids, MAX_PROBES)]
+
+    def usual_lookup(self, ids: bytes) -> list[Command]:
+        """Of a long chain not every block is asked for."""
+        return self.lookup(thinned(ids, LOOKUP_IDS)[0])
 
 
 class LlmD(Layout):

@@ -65,26 +65,24 @@ def _raw(reply: Any) -> Any:
 
 def test_goals_are_met_at_their_edge_and_not_beyond() -> None:
     lookups = dict.fromkeys(LENGTHS, 100.0)
-    edge = Figures("ours", 1_000_000, 20.0, 4.0, 6.0, lookups, lookups)
-    beyond = Figures("ours", 1_000_000, 20.1, 4.0, 6.1, lookups, dict.fromkeys(LENGTHS, 100.1))
+    edge = Figures("ours", 1_000_000, 20.0, 4.0, 6.0, lookups, lookups, 9.0)
+    beyond = Figures("ours", 1_000_000, 20.1, 4.0, 6.1, lookups, dict.fromkeys(LENGTHS, 100.1), 9.0)
 
     assert [line.rpartition(": ")[2] for line in goals([edge])[1:]] == ["met"] * 3
     assert [line.rpartition(": ")[2] for line in goals([beyond])[1:]] == ["NOT met"] * 3
 
 
 def test_peers_are_told_as_multiples_of_ours() -> None:
-    ours = Figures(
-        "ours", 10, 20.0, 1.0, 1.0, dict.fromkeys(LENGTHS, 5.0), dict.fromkeys(LENGTHS, 2.0)
-    )
-    peer = Figures(
-        "peer", 5, 50.0, 2.0, 2.0, dict.fromkeys(LENGTHS, 5.0), dict.fromkeys(LENGTHS, 9.0)
-    )
+    five, two, nine = (dict.fromkeys(LENGTHS, us) for us in (5.0, 2.0, 9.0))
+    ours = Figures("ours", 10, 20.0, 1.0, 1.0, five, two, 1.0)
+    peer = Figures("peer", 5, 50.0, 2.0, 2.0, five, nine, 3.0)
 
     lines = report([ours, peer])
 
     assert "| bytes a block | 20.0 | 50.0 (2.5x) |" in lines
     assert "| blocks/s a core | 1,000,000 | 500,000 (0.5x) |" in lines
     assert "| lookup of 2,048, CPU us | 2 | 9 (4.5x) |" in lines
+    assert "| usual lookup of 2,048, CPU us | 1 | 3 (3.0x) |" in lines
 
 
 @pytest.mark.e2e

@@ -429,6 +429,15 @@ def test_a_table_that_was_lost_begins_with_other_buckets(server: RedisServer) ->
     assert index.add(before, chain) == [b"GONE"]
 
 
+def test_serials_grow_although_the_clock_went_back(server: RedisServer) -> None:
+    index = Both(server)
+    filled_one(index)
+    index.redis.hset(TABLE, "at", 9_000_000_000_000_000)
+    index.twin.at = 9_000_000_000_000_000
+
+    assert index.open_holder(b"s", b"device", 1, 1)[2] == b"9000000000000001"
+
+
 def test_ids_that_are_not_whole_change_nothing(server: RedisServer) -> None:
     index = Both(server)
     writer = filled_one(index)

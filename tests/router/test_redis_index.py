@@ -25,7 +25,7 @@ from roost_router.store.index import (
     Written,
 )
 from roost_router.store.leases import Leases
-from roost_router.store.masks import MAX_BLOCKS, bucket_blocks, levels, mask_of
+from roost_router.store.masks import MAX_BLOCKS, bucket_blocks, levels, mask_of, thinned
 from roost_wire.kv_events import Tier
 
 PREFIX = b"roost:{1a2b3c4d}:"
@@ -69,13 +69,13 @@ async def test_what_was_added_is_found_with_its_holders(server: RedisServer) -> 
         found = await index.lookup(ids, 0.5)
 
         assert written == Written(2 * CHUNK_IDS + 1, 0, 0)
-        assert found.levels == [(CHUNK_IDS, 0b11), (2 * CHUNK_IDS + 1, 0b01)]
+        assert found.levels == [(CHUNK_IDS, 0b11), (2 * CHUNK_IDS, 0b01)]  # every second is asked
         assert found.holders == {
             0: HolderName(b"http://a:1", Tier.DEVICE, 2**63),
             1: HolderName(b"http://a:1", Tier.HOST, 2**63),
         }
         assert await index.remove(device, ids[-8:]) == Written(1, 0, 0)
-        assert (await index.lookup(ids, 0.5)).levels[-1] == (2 * CHUNK_IDS, 0b01)
+        assert (await index.lookup(ids[:-8], 0.5)).levels[-1] == (2 * CHUNK_IDS, 0b01)
 
 
 async def test_a_restart_is_seen_by_the_next_lookup(server: RedisServer) -> None:
@@ -239,6 +239,13 @@ async def test_a_dead_feeder_is_followed_by_another_with_a_greater_fence(
         assert (await one.beat([b"a"]))[b"a"] > after[b"a"]
 
 
+async def test_fences_grow_although_the_clock_went_back(server: RedisServer) -> None:
+    server.client.flushall()
+    server.client.hset(PREFIX + b"leases", "a", "9000000000000000 somebody")
+    async with store_at(server.url) as store:
+        assert await Leases(store, PREFIX, b"r").beat([b"a"]) == {b"a": 9_000_000_000_000_001}
+
+
 async def test_leases_of_replicas_that_are_no_more_are_forgotten(server: RedisServer) -> None:
     server.client.flushall()
     async with store_at(server.url) as store:
@@ -270,6 +277,20 @@ def test_levels_leave_out_the_dead_and_end_at_the_first_hole() -> None:
     assert levels(runs, 0b110) == [(2, 0b110), (5, 0b100)]
     assert levels(runs, 0) == []
     assert levels([], 0b111) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "step"), [(0, 1), (1, 1), (512, 1), (513, 2), (1024, 2), (1025, 4), (8192, 16)]
+)
+def test_long_chains_are_thinned_to_so_many_ids(count: int, step: int) -> None:
+    ids = ids_of(count)
+
+    asked, found = thinned(ids, 512)
+
+    assert found == step
+    every = [ids[at : at + 8] for at in range(8 * (step - 1), len(ids), 8 * step)]
+    assert asked == b"".join(every)
+    assert levels([3, pack(0, 1)], 1, step) == [(3 * step, 1)]
 
 
 def test_an_index_may_be_neither_too_small_nor_too_large() -> None:

@@ -16,7 +16,7 @@ MAX_FIELDS = 1000
 def pack(depth_class: int, mask: int) -> bytes:
     """A value as the scripts write it; `mask` is not 0."""
     skip = 0
-    while skip < 15 and mask % (1 << 32) == 0:
+    while mask % (1 << 32) == 0:
         mask, skip = mask >> 32, skip + 1
     return bytes([16 * skip + depth_class]) + mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 

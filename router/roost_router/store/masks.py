@@ -24,10 +24,11 @@ def mask_of(value: bytes) -> int:
     return int.from_bytes(value[1:], "little") << 32 * (value[0] >> 4) if value else 0
 
 
-def levels(runs: Sequence[int | bytes], live: int) -> list[tuple[int, int]]:
+def levels(runs: Sequence[int | bytes], live: int, step: int = 1) -> list[tuple[int, int]]:
     """Who holds how much: (number of leading blocks, mask of living holders who have them all).
 
-    `runs` are pairs of a run's end and value, as lookup.lua replies. Depths rise, masks shrink.
+    `runs` are pairs of a run's end and value, as lookup.lua replies to every step-th id. Depths
+    rise, masks shrink.
     A holder counts up to the first run that it is missing in. O(runs).
     """
     found: list[tuple[int, int]] = []
@@ -40,15 +41,27 @@ def levels(runs: Sequence[int | bytes], live: int) -> list[tuple[int, int]]:
             break
         if found and found[-1][1] == held:
             found.pop()
-        found.append((end, held))
+        found.append((end * step, held))
     return found
+
+
+def thinned(ids: bytes, most: int) -> tuple[bytes, int]:
+    """Every step-th of the ids, at most `most`, and the step, a power of two; 1 for all of them.
+
+    Who holds every step-th block so far holds those between.
+    """
+    step = 1
+    while len(ids) > 8 * most * step:
+        step *= 2
+    return (memoryview(ids).cast("Q")[step - 1 :: step].tobytes() if step > 1 else ids), step
 
 
 def bucket_blocks(max_blocks: int) -> int:
     """The most blocks of a bucket, so that the whole index never holds more than `max_blocks`.
 
-    Ids spread evenly, but not exactly: the first buckets are full when the index holds some 70 %
-    of a million blocks, 80 % of three million. Raises ValueError outside 32,768 .. MAX_BLOCKS.
+    Ids spread evenly, but not exactly: of a million blocks the first are evicted when the index
+    holds 45 %, of three million at 64 %; a full one holds 93 %. Raises ValueError outside
+    NUM_BUCKETS .. MAX_BLOCKS.
     """
     if not NUM_BUCKETS <= max_blocks <= MAX_BLOCKS:
         raise ValueError(f"max_blocks must be from {NUM_BUCKETS} to {MAX_BLOCKS}, not {max_blocks}")

@@ -39,8 +39,7 @@ local function pack_value(class, mask)
   if last == 0 then return nil end
   local first = 1
   while byte(mask, first) == 0 do first = first + 1 end
-  local skip = floor((first - 1) / 4)
-  if skip > 15 then skip = 15 end
+  local skip = floor((first - 1) / 4)   -- at most 15: the mask's last byte is its 63rd
   return char(16 * skip + class) .. sub(mask, 4 * skip + 1, last)
 end
 

@@ -14,7 +14,8 @@ local plain = {}   -- values that were met: the same with depth class 0
 local function look(place)
   left = left - 1
   local at = place * 8 - 7
-  local value = pcall_redis('HGET', buckets .. bucket_of(ids, at), sub(ids, at + 2, at + 7))
+  local high, low = byte(ids, at, at + 1)
+  local value = pcall_redis('HGET', buckets .. char(high % 128, low), sub(ids, at + 2, at + 7))
   local same = plain[value]
   if not same then
     same = ''
