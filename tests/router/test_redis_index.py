@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_servers import VERSIONS, RedisCluster, RedisServer
+from redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 from redis_twins import LeasesTwin, pack
 
 from roost_router.store import scripts
@@ -29,6 +30,7 @@ from roost_router.store.masks import MAX_BLOCKS, bucket_blocks, levels, mask_of,
 from roost_wire.kv_events import Tier
 
 PREFIX = b"roost:{1a2b3c4d}:"
+DOCUMENT = Path(__file__).parents[2] / "docs/redis.md"
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -171,6 +173,57 @@ async def test_a_cluster_takes_every_script_with_one_declared_key() -> None:
             while not (await index.sweep()).is_round_over:
                 pass
             assert (await index.lookup(ids, 0.5)).levels == []
+            await leases.release()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_replica_of_redis_has_all_that_scripts_wrote(version: str) -> None:
+    """What a script wrote is replicated, not the script: its clock is read once."""
+    with RedisSentinels(version) as redis:
+        async with store_at(redis.servers[0].url) as store:
+            index, leases = (
+                RedisIndex(store, PREFIX, max_blocks=32_768),
+                Leases(store, PREFIX, b"r"),
+            )
+            first = await index.open_holder(b"a", Tier.DEVICE, 1, 1)
+            await index.add(first, ids_of(3000), 0)  # evicts, too
+            await index.retire_holder(first)
+            second = await index.open_holder(b"a", Tier.DEVICE, 2, 1)
+            await index.add(second, ids_of(300), 0)
+            await index.remove(second, ids_of(100))
+            while not (await index.sweep()).is_round_over:
+                pass
+            await leases.beat([b"a", b"b"])
+
+        primary, replica = (server.client for server in redis.servers)
+        assert primary.wait(1, 10_000) == 1
+        keys = sorted(primary.keys(PREFIX + b"[bhl]*"))
+        assert len(keys) > 100
+        assert sorted(replica.keys(PREFIX + b"[bhl]*")) == keys
+        assert all(primary.hgetall(key) == replica.hgetall(key) for key in keys)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_user_with_the_documented_rights_may_do_everything(version: str) -> None:
+    words = DOCUMENT.read_text().partition("**Rights.**")[2].split("`")[1::2]
+    pattern, commands = words[0], " ".join(words[1:]).split()
+    assert "hsetnx" in commands
+    rights = " ".join(f"+{command}" for command in [*commands, "set", "auth"])
+    users = ["user default off", f"user roost on >secret ~{pattern} -@all {rights}"]
+    with RedisServer(version, users=users) as server:
+        async with store_at(f"redis://roost:secret@127.0.0.1:{server.port}") as store:
+            index, leases = (
+                RedisIndex(store, PREFIX, max_blocks=32_768),
+                Leases(store, PREFIX, b"r"),
+            )
+            assert await leases.beat([b"a"])
+            holder = await index.open_holder(b"a", Tier.DEVICE, 1, 1)
+            await index.add(holder, ids_of(3000), 0)
+            await index.remove(holder, ids_of(10))
+            assert (await index.lookup(ids_of(9, seed=2), 0.5)).holders
+            await index.retire_holder(holder)
+            while not (await index.sweep()).is_round_over:
+                pass
             await leases.release()
 
 
