@@ -48,6 +48,25 @@ def main(verbose: bool) -> None:
     metavar="URL",
     help="Base URL of a replica, without /v1, like the arguments. Repeat for each.",
 )
+@click.option(
+    "--replicas-file",
+    type=FILE,
+    help="Lists replicas, one URL a line, # comments. Read again when it changes and on SIGHUP.",
+)
+@click.option(
+    "--replicas-dns",
+    multiple=True,
+    metavar="URL",
+    help="http://name:port: a replica at each address that the name has, asked every 5 s. Repeat "
+    "for each.",
+)
+@click.option(
+    "--replicas-kubernetes",
+    multiple=True,
+    metavar="NAMESPACE/SERVICE[:PORT]",
+    help="A replica at each endpoint of the service, watched from inside a pod. PORT is a name or "
+    "a number. Repeat for each.",
+)
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
 @click.option("--port", type=PORT, default=8000, help="Data port: clients come here; 0: any.")
 @click.option("--admin-host", default="127.0.0.1", help="Admin port's address.")
@@ -207,6 +226,8 @@ def route(urls: tuple[str, ...], replicas: tuple[str, ...], **options: Any) -> N
     """Route requests to OpenAI-compatible replicas, at their base URLs without /v1.
 
     Tells of each what it is, what is missing there for routing, and which of its flags adds it.
+
+    Replicas that are found elsewhere join and leave while the router runs.
 
     Example: roost route http://127.0.0.1:8101 http://127.0.0.1:8102
     """

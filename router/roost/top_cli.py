@@ -127,6 +127,10 @@ def fleet_lines(page: FleetPage, admin: str) -> Iterator[Line]:
         yield Line(text, _color(row))
         if row.ejection is not None:
             yield Line(f"    {printable(row.ejection.reason)}", _color(row))
+    for source in page.sources:
+        if source.failing_s is not None:
+            name, reason = printable(source.name), printable(source.reason)
+            yield Line(f"{name} fails since {duration(source.failing_s)}: {reason}", "yellow")
     for ladder in page.ladders:
         yield Line("")
         yield from _ladder_lines(ladder, page.rungs)

@@ -219,7 +219,10 @@ class AdminService:
         )
         num_held = service.dispatcher.num_held
         streams = None if service.follower is None else service.follower.status()
-        return fleet_page(service.placer, service.metrics, moment, num_held, streams)
+        sources = () if service.discovery is None else service.discovery.status()
+        return fleet_page(
+            service.placer, service.metrics, moment, num_held, streams, sources=sources
+        )
 
     def _explain(self, quoted_id: str) -> _Page:
         receipts = self._service.receipts

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 from roost_router.admin import AdminService
 from roost_router.compiled import is_compiled
 from roost_router.config import ConfigError, RouterConfig
+from roost_router.discovery.follow import Discovery
+from roost_router.discovery.sources import make_sources
 from roost_router.fleet.fleet import Fleet
 from roost_router.http.service import DataService
 from roost_router.index.prefix_index import PrefixIndex
@@ -98,6 +100,10 @@ class Router:
         metrics.watch(placer)
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
         self._admin = AdminService(self.service, self.service.access, config)
+        self.discovery = Discovery(placer.fleet, make_sources(config, Random()), time.monotonic)
+        self.service.discovery = self.discovery
+        metrics.watch_discovery(self.discovery.status, time.monotonic)
+        self._discovering: asyncio.Task[None] | None = None
         self.poller: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._tokens, self._follower = self._kv_parts()
@@ -121,6 +127,8 @@ class Router:
             await self._begin_following()
             data.listen(BACKLOG)
             await self._admin.listen(admin)
+            self._discovering = asyncio.create_task(self.discovery.run())
+            await self.discovery.until_told()
             await self._begin_polling()
             if self.link is not None:
                 await self.link.start(_CATCH_UP_S)
@@ -194,6 +202,11 @@ class Router:
         self.service.tokens, self.service.follower = self._tokens, self._follower
         self._following = asyncio.create_task(self._follower.run())
 
+    def reload(self) -> None:
+        """Read keys again, and ask all sources of replicas at once."""
+        self.service.access.reload()
+        self.discovery.hurry()
+
     async def stop(self, *, replaced: bool = False) -> None:
         """Drain: readiness first, then streams finish, then everything closes.
 
@@ -211,7 +224,7 @@ class Router:
         await service.drain(config.drain_s)
         if self.link is not None:
             await self.link.close()
-        for task in (self.poller, self._following):
+        for task in (self._discovering, self.poller, self._following):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -236,7 +249,7 @@ async def run_router(
     _log.info("routing on http://%s:%d, admin on http://%s:%d", host, port, admin_host, admin_port)
     if not is_compiled():
         _log.info("the data path is interpreted, not compiled: it costs more CPU")
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.service.access.reload)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.reload)
     if config.status_fd is not None:
         os.write(config.status_fd, b"1")
     telling = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
+from roost_router.discovery.endpoint_slices import ServiceNameError, parse_service_name
 from roost_router.policy.fair_queue import MAX_HELD
 from roost_router.policy.registry import DEFAULT_POLICY
-from roost_router.replica_url import ReplicaUrlError, check_replica_url
+from roost_router.replica_url import ReplicaUrlError, check_replica_url, url_key
 
 
 class ConfigError(ValueError):
@@ -20,7 +22,10 @@ class ConfigError(ValueError):
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All options of one router."""
 
-    replicas: tuple[str, ...]  # base URLs, without /v1
+    replicas: tuple[str, ...]  # base URLs, without /v1; for good
+    replicas_file: Path | None = None  # lists more; discovery/file.py
+    replicas_dns: tuple[str, ...] = ()  # URLs whose names have the replicas' addresses
+    replicas_kubernetes: tuple[str, ...] = ()  # services: NAMESPACE/SERVICE[:PORT]
     host: str = "127.0.0.1"  # data port: clients
     port: int = 8000
     admin_host: str = "127.0.0.1"  # admin port: metrics, health; never on the data port
@@ -63,15 +68,19 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what could never work."""
-        if not self.replicas:
-            raise ConfigError("no replica given: pass its URL")
-        if len(set(self.replicas)) != len(self.replicas):
-            raise ConfigError("a replica is given twice")
-        for url in self.replicas:
+        if not self.replicas and not self.discovers:
+            raise ConfigError(
+                "no replica given: pass its URL, or where replicas are found: --replicas-file, "
+                "--replicas-dns, --replicas-kubernetes"
+            )
+        for url in (*self.replicas, *self.replicas_dns):
             try:
                 check_replica_url(url)
             except ReplicaUrlError as error:
                 raise ConfigError(str(error)) from None
+        if len(set(map(url_key, self.replicas))) != len(self.replicas):
+            raise ConfigError("a replica is given twice")
+        self._check_discovery()
         models = [model for model, _ in self.tokenizers]
         if len(set(models)) != len(models):
             raise ConfigError("two tokenizers are given for one model")
@@ -90,6 +99,31 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--redis-secret-file and --redis-password-file are for --redis")
         self.check_hosts(self.host, self.admin_host)
 
+    @property
+    def discovers(self) -> bool:
+        """Whether replicas are found elsewhere than among the options."""
+        return bool(self.replicas_file or self.replicas_dns or self.replicas_kubernetes)
+
+    def _check_discovery(self) -> None:
+        for url in self.replicas_dns:
+            parts = urlsplit(url)
+            if parts.scheme != "http" or parts.port is None:
+                raise ConfigError(
+                    f"--replicas-dns {url}: give it as http://name:port. certificates are of "
+                    "names, and replicas found by DNS have addresses"
+                )
+        for text in self.replicas_kubernetes:
+            try:
+                parse_service_name(text)
+            except ServiceNameError as error:
+                raise ConfigError(f"--replicas-kubernetes: {error}") from None
+        for option, given in (
+            ("--replicas-dns", self.replicas_dns),
+            ("--replicas-kubernetes", self.replicas_kubernetes),
+        ):
+            if len(set(given)) != len(given):
+                raise ConfigError(f"{option} names one source twice")
+
     def check_hosts(self, host: str, admin_host: str) -> None:
         """ConfigError if other machines reach one of these addresses without a key."""
         if self.insecure:
@@ -104,6 +138,16 @@ def activation_fd() -> int | None:
     """The data port's socket if systemd opened it (sd_listen_fds(3)): the first it passes."""
     environment = os.environ  # noqa: TID251 - systemd's protocol, no option of ours
     return 3 if environment.get("LISTEN_PID") == str(os.getpid()) else None
+
+
+def kubernetes_api_url() -> str:
+    """Where a pod reaches the API server. Raises ConfigError outside of one."""
+    environment = os.environ  # noqa: TID251 - Kubernetes' protocol, no option of ours
+    host = environment.get("KUBERNETES_SERVICE_HOST", "")
+    port = environment.get("KUBERNETES_SERVICE_PORT_HTTPS", "443")
+    if not host:
+        raise ConfigError("--replicas-kubernetes: this is no pod of Kubernetes")
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
 def check_open(option: str, host: str, cure: str = "") -> None:

@@ -20,7 +20,7 @@ import msgspec
 from roost_wire.llama_cpp import LLAMA_CPP
 
 if TYPE_CHECKING:
-    from roost_router.fleet_page import ReplicaRow
+    from roost_router.fleet_page import ReplicaRow, SourceRow
 
 Severity = Literal["error", "warning", "note"]
 
@@ -90,9 +90,12 @@ class Finding(msgspec.Struct):
     cure: str
 
 
-def find(rows: Sequence[ReplicaRow], unix_s: float) -> list[Finding]:
+def find(
+    rows: Sequence[ReplicaRow], unix_s: float, sources: Sequence[SourceRow] = ()
+) -> list[Finding]:
     """All findings, the worst first. `unix_s`: the router's calendar. O(replicas)."""
     found = [finding for row in rows for finding in _of_replica(row, rows, unix_s)]
+    found += [_failing(source) for source in sources if source.failing_s is not None]
     if not any(row.state == "up" for row in rows):
         cure = "start a replica, or give `roost route` the right --replica URLs"
         if any(row.state == "draining" for row in rows):
@@ -143,6 +146,11 @@ def _unreported(row: ReplicaRow) -> Iterator[Finding]:
     elif not told.cached_tokens and told.matched_tokens >= MIN_MATCHED_TOKENS:
         what = f"took nothing of {told.matched_tokens:,} expected tokens from its cache"
         yield Finding("error", row.name, what, _cure(_CACHING, row))
+
+
+def _failing(source: SourceRow) -> Finding:
+    what = f"{source.name} fails since {source.failing_s:.0f} s: {source.reason}"
+    return Finding("warning", "", what, "mend it; until then replicas stay as they were told")
 
 
 def no_kv_events(row: ReplicaRow) -> Finding:

@@ -19,6 +19,7 @@ from roost_router.traffic import Told, Traffic
 from roost_wire.load_report import LoadReport
 
 if TYPE_CHECKING:
+    from roost_router.discovery.roster import SourceStatus
     from roost_router.fleet.replica import Replica
     from roost_router.kv.follow import StreamStatus
     from roost_router.metrics import RouterMetrics
@@ -69,6 +70,15 @@ class ReplicaRow(msgspec.Struct):
     drifting: list[str]  # models whose tokens it counts differently
 
 
+class SourceRow(msgspec.Struct):
+    """A place where replicas are found; discovery/roster.py."""
+
+    name: str
+    replicas: int  # that it tells of
+    failing_s: float | None  # None: its last word was an answer
+    reason: str  # why it fails
+
+
 class Totals(msgspec.Struct):
     """The fleet as a whole."""
 
@@ -95,6 +105,7 @@ class FleetPage(msgspec.Struct):
     ladders: list[ModelLadder]
     shadow: ShadowReport | None  # None: no policy is watching
     findings: list[Finding]
+    sources: list[SourceRow] = []  # none: all replicas were given with the options
 
 
 class Moment(msgspec.Struct):
@@ -115,14 +126,18 @@ def fleet_page(
     moment: Moment,
     num_held: int,
     streams: Sequence[StreamStatus] | None = None,
+    *,
+    sources: Sequence[SourceStatus] = (),
 ) -> FleetPage:
     """The page at `moment`. O(replicas + models + streams).
 
     `num_held`: requests that wait in the router. `streams`: of KV events; None: not followed.
+    `sources`: of replicas.
     """
     now, fleet = moment.now, placer.fleet
     replicas = [*fleet.replicas, *fleet.leaving]
     rows = [_row(placer, metrics, replica, streams, now) for replica in replicas]
+    source_rows = [_source_row(source, now) for source in sources]
     return FleetPage(
         moment.at,
         moment.version,
@@ -142,8 +157,16 @@ def fleet_page(
         RUNGS,
         metrics.ladders(placer, now),
         None if metrics.shadow is None else metrics.shadow.report(now),
-        find(rows, moment.unix_s),
+        find(rows, moment.unix_s, source_rows),
+        source_rows,
     )
+
+
+def _source_row(source: SourceStatus, now: float) -> SourceRow:
+    since = source.failing_since
+    if since is None:
+        return SourceRow(source.name, source.num_told, None, "")
+    return SourceRow(source.name, source.num_told, now - since, source.reason)
 
 
 def _row(

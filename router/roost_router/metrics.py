@@ -31,6 +31,7 @@ from roost_router.series import PREFIX, counter, gauge
 from roost_router.store_metrics import StoreCollector
 
 if TYPE_CHECKING:
+    from roost_router.discovery.roster import SourceStatus
     from roost_router.fleet.fleet import Fleet
     from roost_router.fleet.replica import Replica
     from roost_router.http.record import RequestRecord
@@ -123,6 +124,12 @@ class RouterMetrics(Collector):
     def watch_held(self, num_held: Callable[[], int]) -> None:
         """Export how many requests wait in the router, as `num_held` says."""
         self.registry.register(_HeldCollector(num_held))
+
+    def watch_discovery(
+        self, status: Callable[[], list[SourceStatus]], now: Callable[[], float]
+    ) -> None:
+        """Export how the sources of replicas do."""
+        self.registry.register(_DiscoveryCollector(status, now))
 
     def watch_kv(self, told: ToldResidency, tokens: PromptTokens, follower: KvFollower) -> None:
         """Export what is known from KV events."""
@@ -299,6 +306,25 @@ class _HeldCollector(Collector):
         """Yield the current value."""
         text = "Requests held until a replica can start them."
         yield gauge("held_requests", text, (), {(): self._num_held()})
+
+
+class _DiscoveryCollector(Collector):
+    """Sources of replicas."""
+
+    def __init__(self, status: Callable[[], list[SourceStatus]], now: Callable[[], float]) -> None:
+        self._status = status
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the current values."""
+        now, every = self._now(), self._status()
+        told: dict[tuple[str, ...], float] = {(s.name,): s.num_told for s in every}
+        yield gauge("discovery_replicas", "Replicas that a source tells of.", ("source",), told)
+        failing: dict[tuple[str, ...], float] = {
+            (s.name,): 0.0 if s.failing_since is None else now - s.failing_since for s in every
+        }
+        text = "For how long a source has failed; 0 while it answers."
+        yield gauge("discovery_failing_seconds", text, ("source",), failing)
 
 
 class _LadderCollector(Collector):

@@ -46,6 +46,16 @@ def check_replica_url(url: str) -> None:
     _check_host(parts.hostname or "", is_bracketed="[" in parts.netloc)
 
 
+def url_key(url: str) -> str:
+    """The same for all spellings of a replica's URL, which `check_replica_url` has let pass."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").removesuffix(".")
+    if "[" in parts.netloc:
+        host = f"[{ip_address(host)}]"
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"{parts.scheme}://{host}:{port}{parts.path.rstrip('/')}"
+
+
 def _split(url: str) -> SplitResult:
     try:
         # Checked before urlsplit, which drops tabs and line breaks silently.

@@ -34,13 +34,7 @@ async def get_page(
     page has not come after `timeout_s` seconds, dialling included; other OSErrors of dialling,
     of which ConnectionRefusedError says that nobody listens.
     """
-    key = b"" if authorization is None else b"authorization: %b\r\n" % authorization.encode()
-    request = b"GET %b%b HTTP/1.1\r\nhost: %b\r\nuser-agent: roost-router\r\n%b\r\n" % (
-        pool.base_path,
-        path,
-        pool.host,
-        key,
-    )
+    request = get_request(pool, path, authorization)
     async with asyncio.timeout(timeout_s):
         kept = pool.try_idle()
         if kept is not None:
@@ -50,6 +44,17 @@ async def get_page(
                 if not kept.was_stale:
                     raise
         return await _ask(await pool.dial(), request)
+
+
+def get_request(pool: UpstreamPool, path: bytes, authorization: str | None) -> bytes:
+    """A whole request for `path`."""
+    key = b"" if authorization is None else b"authorization: %b\r\n" % authorization.encode()
+    return b"GET %b%b HTTP/1.1\r\nhost: %b\r\nuser-agent: roost-router\r\n%b\r\n" % (
+        pool.base_path,
+        path,
+        pool.host,
+        key,
+    )
 
 
 async def _ask(upstream: Upstream, request: bytes) -> Page:

@@ -25,6 +25,7 @@ import msgspec
 
 from roost_router.access import Access
 from roost_router.config import RouterConfig
+from roost_router.discovery.follow import Discovery
 from roost_router.dispatch import Dispatcher
 from roost_router.errors import (
     EncodingError,
@@ -99,6 +100,7 @@ class DataService:
         self.receipts = Receipts()
         self.tokens: PromptTokens | None = None  # where KV events are followed
         self.follower: KvFollower | None = None  # likewise
+        self.discovery: Discovery | None = None  # where replicas may join and leave
         self.now: Callable[[], float] = now
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False

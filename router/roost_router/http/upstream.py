@@ -332,13 +332,21 @@ def _start_of_only_chunk(data: bytes) -> int:
 class UpstreamPool:
     """Connections to one replica, the most recently used first."""
 
-    def __init__(self, url: str, loop: asyncio.AbstractEventLoop, connect_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        loop: asyncio.AbstractEventLoop,
+        connect_timeout_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`tls`: whom to believe over https; None: those that the system does."""
         parts = urlsplit(url)
         assert parts.hostname is not None  # RouterConfig has checked the URL
         self._loop = loop
         self._connect_timeout_s = connect_timeout_s
         self._address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        is_https = parts.scheme == "https"
+        self._ssl = (tls or ssl.create_default_context()) if is_https else None
         self.heads = KnownHeads(read_known_response)
         self.host = parts.netloc.encode()
         self.base_path = parts.path.rstrip("/").encode()

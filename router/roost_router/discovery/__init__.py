@@ -1,0 +1,1 @@
+"""Where replicas are found, and when they join, drain and leave."""
