@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator
-from typing import Final
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from roost_router.discovery.roster import Told
@@ -26,6 +26,8 @@ LINGER_S: Final = 15.0
 #: Seconds after which a resolver that does not answer counts as failing; it is waited for.
 _SLOW_S: Final = 10.0
 _NOBODY: Final = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+#: Family, kind, protocol, canonical name; address with port, and more for IPv6.
+_Found = tuple[int, int, int, str, tuple[Any, ...]]
 
 
 class DnsSource:
@@ -33,8 +35,16 @@ class DnsSource:
 
     linger_s: Final = LINGER_S
 
-    def __init__(self, url: str, look_s: float = LOOK_S) -> None:
-        """`url`: as a replica's, with the name in place of its address; config.py checks it."""
+    def __init__(
+        self,
+        url: str,
+        look_s: float = LOOK_S,
+        resolve: Callable[[str, int], Awaitable[Sequence[_Found]]] | None = None,
+    ) -> None:
+        """`url`: as a replica's, with the name in place of its address; config.py checks it.
+
+        `resolve`: asks for a name and a port as socket.getaddrinfo does; None: the system.
+        """
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.name: Final = f"DNS {parts.netloc}"
@@ -42,6 +52,7 @@ class DnsSource:
         self._port: Final = parts.port or 80
         self._path: Final = parts.path
         self._look_s: Final = look_s
+        self._resolve: Final = resolve or _resolve
         self._must_look = asyncio.Event()
 
     def hurry(self) -> None:
@@ -65,9 +76,8 @@ class DnsSource:
             self._must_look.clear()
 
     async def _ask(self) -> list[Told] | Failed:
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            found = await self._resolve(self._host, self._port)
         except socket.gaierror as error:
             return [] if error.errno in _NOBODY else Failed(error.strerror or str(error))
         except (OSError, UnicodeError) as error:
@@ -80,3 +90,8 @@ class DnsSource:
     def _url(self, address: str) -> str:
         host = f"[{address}]" if ":" in address else address
         return f"http://{host}:{self._port}{self._path}"
+
+
+async def _resolve(host: str, port: int) -> Sequence[_Found]:
+    loop = asyncio.get_running_loop()
+    return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
