@@ -402,4 +402,29 @@ MUTANTS = (
         "return False",
         ("silent_before_head",),
     ),
+    # fleet: replicas that come and go
+    Mutant(
+        f"{_FLEET}.fleet",
+        "if replica.membership is not Membership.LEAVING or replica.num_in_flight:",
+        "if replica.membership is not Membership.LEAVING:",
+        ("coming_and_going",),
+    ),
+    Mutant(
+        f"{_FLEET}.replica",
+        "return self.state is ReplicaState.UP and self.membership is Membership.MEMBER",
+        "return self.state is ReplicaState.UP",
+        ("coming_and_going",),
+    ),
+    Mutant(
+        "roost_router.placement",
+        "self.fleet.released(replica)",
+        "pass",
+        ("scaled_down",),
+    ),
+    Mutant(
+        f"{_HTTP}.service",
+        "self._pools.pop(replica.name).close()",
+        "pass",
+        ("scaled_down",),
+    ),
 )

@@ -17,7 +17,14 @@ from roost_loadtest.simulation.faults import NO_FAULT, Fault, Kind
 from roost_loadtest.simulation.judge import Ask, Outcome
 from roost_loadtest.simulation.network import Conditions
 from roost_loadtest.simulation.replica import Body, Pace, Style
-from roost_loadtest.simulation.world import ClientPlan, ReplicaPlan, Result, Scenario, World
+from roost_loadtest.simulation.world import (
+    ClientPlan,
+    Move,
+    ReplicaPlan,
+    Result,
+    Scenario,
+    World,
+)
 
 Family = Callable[[Random], Scenario]
 
@@ -427,6 +434,48 @@ def mixed_fleet(rng: Random) -> Scenario:
     return scenario
 
 
+def _moves(rng: Random, span_s: float) -> list[tuple[float, Move]]:
+    """A replica leaves or drains and comes back, again and again."""
+    moves, at = [], 0.0
+    while at < span_s:
+        at += rng.expovariate(2.0)
+        away, back = rng.choice(((Move.LEAVE, Move.JOIN), (Move.DRAIN, Move.RETURN)))
+        moves.append((at, away))
+        if away is Move.DRAIN and rng.random() < 0.5:  # a pod that ends: first it drains
+            at += rng.expovariate(4.0)
+            moves.append((at, Move.LEAVE))
+            back = Move.JOIN
+        at += rng.expovariate(4.0)
+        moves.append((at, back))
+    return moves
+
+
+def coming_and_going(rng: Random) -> Scenario:
+    """Replicas join, drain and leave while requests run: each has one leg, which is whole."""
+    movers = [_well(rng, moves=_moves(rng, 5.0)) for _ in range(rng.randint(1, 3))]
+    return Scenario(
+        replicas=[_well(rng), *movers],
+        clients=_clients(rng),
+        conditions=_conditions(rng),
+        is_sound=True,
+    )
+
+
+def scaled_down(rng: Random) -> Scenario:
+    """A replica leaves, and is killed before its last streams have ended; it may come back."""
+    left_at, grace_s = rng.random() * 0.5, rng.random() * 0.2
+    moves = [(left_at, Move.LEAVE)]
+    if rng.random() < 0.5:
+        moves.append((left_at + grace_s + 3.0, Move.JOIN))
+    kill = faults.draw(rng, (Kind.KILL,), duration_s=2.0)
+    return Scenario(
+        replicas=[_well(rng, moves=moves, strikes=[(left_at + grace_s, kill)]), _well(rng)],
+        clients=_clients(rng),
+        conditions=_conditions(rng),
+        polls_see=rng.random() < 0.5,
+    )
+
+
 def several_choices(rng: Random) -> Scenario:
     """n > 1: before the first event as ever, after it an explicit end."""
     scenario = _one_bad(rng, (*faults.BEFORE_HEAD, *faults.MID_STREAM))
@@ -498,6 +547,8 @@ FAMILIES: dict[str, Family] = {
         idle_races,
         foreign_engines,
         mixed_fleet,
+        coming_and_going,
+        scaled_down,
         several_choices,
         chaos,
     )

@@ -6,7 +6,9 @@ What must hold after every run, whatever went wrong in it:
     what clients got is right (judge.py)
     no replica was asked what a correct router does not ask
     no more legs than attempts and resumes allow; none for a client that has left
-    loads, exchanges, connections, tasks and timers of the router: all gone at the end
+    no replica gets a request while it is no member of the fleet, or drains
+    loads, exchanges, connections, tasks and timers of the router: all gone at the end; and all that
+    is kept for replicas that have left
     the router's write buffers stayed bounded
     nothing unexpected was logged or reached the event loop
 
@@ -21,6 +23,8 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
+from math import inf
 from random import Random
 from typing import Any, cast
 
@@ -56,6 +60,19 @@ def _no_fault(body: Body, now: float) -> Fault:  # noqa: ARG001
     return NO_FAULT
 
 
+#: How long a request may be on its way to a replica: it dials, or waits before it tries again.
+_ON_ITS_WAY_S = 0.2
+
+
+class Move(Enum):
+    """What becomes of a replica's membership."""
+
+    JOIN = "joins"
+    LEAVE = "leaves"
+    DRAIN = "drains"
+    RETURN = "drains no more"
+
+
 class ReplicaPlan(msgspec.Struct, kw_only=True):
     """A replica of a scenario."""
 
@@ -65,6 +82,8 @@ class ReplicaPlan(msgspec.Struct, kw_only=True):
     listens: bool = True
     #: Faults of the whole host: when, and what.
     strikes: list[tuple[float, Fault]] = []
+    #: Whether the fleet has it: when that changes, in order, and how. At first it is a member.
+    moves: list[tuple[float, Move]] = []
 
 
 class ClientPlan(msgspec.Struct, kw_only=True):
@@ -131,6 +150,7 @@ class World:
         self.log: list[tuple[Any, ...]] = []
         self.ledger: dict[int, list[Leg]] = {}
         self.findings: list[str] = []
+        self._away: dict[str, list[tuple[float, float]]] = {}  # by replica: from when to when
         self._rng = rng
         self.replicas = [
             self._replica(f"r{number}", plan) for number, plan in enumerate(scenario.replicas)
@@ -197,13 +217,15 @@ class World:
 
     async def _main(self) -> None:
         scenario = self._scenario
-        urls = tuple(f"http://{replica.name}:8000" for replica in self.replicas)
+        urls = tuple(_url(replica) for replica in self.replicas)
         config = RouterConfig(replicas=urls, **scenario.config)
         placer = build_placer(config, self._rng)
         service = DataService(config, placer, RouterMetrics(), self.loop.time, self._rng)
         self._config, self._service = config, service
-        for replica in self.replicas:
+        for replica, plan in zip(self.replicas, scenario.replicas, strict=True):
             self._poll(replica)
+            for at, move in plan.moves:
+                self.loop.at(at, self._move, replica, move)
         await service.listen(cast("socket.socket", None))
         draining = None
         if scenario.drains_at is not None:
@@ -222,9 +244,14 @@ class World:
         """What the poller does, without HTTP."""
         if getattr(self, "_is_over", False):
             return
-        service, host = self._service, replica.host
-        fleet = service.placer.fleet
-        seen = next(r for r in fleet.replicas if r.name == replica.name)
+        self._look(replica)
+        self.loop.at(self.loop.time() + self._config.poll_interval_s, self._poll, replica)
+
+    def _look(self, replica: SimReplica) -> None:
+        host, fleet = replica.host, self._service.placer.fleet
+        seen = fleet.find(_url(replica))
+        if seen is None:
+            return
         is_silent = host.is_frozen or host.is_unreachable
         if self._scenario.polls_see and is_silent:
             fleet.poll_failed(seen)
@@ -233,7 +260,25 @@ class World:
         else:
             report = LoadReport(started_at=replica.started_at)
             fleet.answered(seen, [MODEL], report, replica.style.dialect)
-        self.loop.at(self.loop.time() + self._config.poll_interval_s, self._poll, replica)
+
+    def _move(self, replica: SimReplica, move: Move) -> None:
+        """What a source of replicas tells."""
+        fleet, now = self._service.placer.fleet, self.loop.time()
+        self.note(replica.name, move.value)
+        away = self._away.setdefault(replica.name, [])
+        if move is Move.JOIN:
+            fleet.add(_url(replica))
+            self._look(replica)
+        seen = fleet.find(_url(replica))
+        if seen is not None and move is Move.LEAVE:
+            fleet.remove(seen, now)
+        elif seen is not None and move is not Move.JOIN:
+            fleet.set_draining(seen, is_draining=move is Move.DRAIN)
+        is_away = move in {Move.LEAVE, Move.DRAIN}
+        if is_away and (not away or away[-1][1] < inf):
+            away.append((now, inf))
+        elif not is_away and away and away[-1][1] == inf:
+            away[-1] = (away[-1][0], now)
 
     # what must hold
 
@@ -242,7 +287,14 @@ class World:
         service = self._service
         if service.num_exchanges:
             self.findings.append(f"{service.num_exchanges} exchanges never ended")
-        for replica in service.placer.fleet.replicas:
+        fleet = service.placer.fleet
+        if fleet.leaving:
+            self.findings.append(f"replicas never left: {fleet.leaving}")
+        names = sorted(replica.name for replica in fleet.replicas)
+        kept = sorted(service._pools)  # noqa: SLF001
+        if kept != names:
+            self.findings.append(f"connections of {kept} are kept, not of {names}")
+        for replica in fleet.replicas:
             if replica.num_in_flight or replica.num_decoding or replica.queued_tokens:
                 self.findings.append(f"load was not released: {replica!r}")
         for sim in self.replicas:
@@ -287,6 +339,10 @@ class World:
             num_legs = sum(not leg.looks_stale for leg in legs)
             if num_legs > len(calls) + spare:
                 self.findings.append(f"{num_legs} legs for {len(calls)} calls: over the budget")
+        for leg in legs:
+            for since, until in self._away.get(leg.replica, ()):
+                if since + _ON_ITS_WAY_S < leg.at < until:
+                    self.findings.append(f"{leg.replica} got #{leg.number} while it was away")
         at_first = [leg for leg in legs if leg.replica == "r0"]
         most, back_at = scenario.most_legs_of_first, scenario.first_is_back_at
         if most is not None and len(at_first) > most:
@@ -332,6 +388,10 @@ class World:
                 self.findings.append(f"{name} went to {leg.replica} after its client had left")
             if leg.ended_at is None or leg.ended_at > call.ended_at + limit_s:
                 self.findings.append(f"{leg.replica} worked on {name} after its client had left")
+
+
+def _url(replica: SimReplica) -> str:
+    return f"http://{replica.name}:8000"
 
 
 @contextmanager
