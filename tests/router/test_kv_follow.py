@@ -329,3 +329,40 @@ def test_a_router_without_events_does_not_import_zeromq():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
 
     assert shown.strip() == b"False"
+
+
+async def test_a_replica_that_is_gone_is_followed_no_more_and_again_when_it_is_back(publisher):
+    socket, port = publisher
+    replica = Replica(kv_event_sources=[b'[{"endpoint": "tcp://*:%d"}]' % port])
+    batch = encode_batch(KvEventBatch(sequence=0, events=[STORED], sent_at=1.0))
+    async with following(replica) as live:
+        await live.until_heard(lambda: send(socket, 0, batch))
+        before = live.sinks[0]
+
+        live.fleet.remove(live.replica, 0.0)
+        assert live.follower.status() == []
+        assert (before.num_dropped, before.trust) == (1, (Trust.BLIND, Reason.NOT_HEARD))
+        live.follower._tick()
+        live.replica = live.fleet.add(live.replica.url)
+        live.up(2.0)
+        await live.until(lambda: live.sinks[0] is not before)
+
+        assert [status.replica for status in live.follower.status()] == [live.replica.name]
+        assert replica.asked == ["/kv_event_sources"] * 2
+
+
+async def test_a_replica_that_goes_while_it_is_asked_leaves_no_stream_behind(publisher):
+    _, port = publisher
+    replica = Replica(kv_event_sources=[b'[{"endpoint": "tcp://*:%d"}]' % port])
+    async with following(replica) as live:
+        live.follower._tick()
+        asking = live.follower._followed[live.replica.name].asking
+        assert asking is not None
+        await asyncio.sleep(0)
+
+        live.fleet.remove(live.replica, 0.0)
+        await asyncio.gather(asking, return_exceptions=True)
+
+        assert asking.cancelled()
+        assert live.sinks == {}
+        assert live.follower.status() == []
