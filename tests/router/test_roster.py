@@ -227,7 +227,7 @@ def test_those_that_registered_are_there_until_they_expire():
 
 
 URLS = st.lists(st.sampled_from([A, B, C, *(t._replace(is_draining=True) for t in (A, B))]))
-STEPS = st.tuples(st.sampled_from(["one", "two"]), st.one_of(st.none(), URLS), st.floats(0.0, 20.0))
+STEPS = st.tuples(st.sampled_from(["one", "two"]), st.one_of(st.none(), URLS), st.integers(0, 20))
 
 
 @settings(max_examples=300)
