@@ -12,7 +12,7 @@ from roost_router.findings import (
     Finding,
     find,
 )
-from roost_router.fleet_page import Ejection, KvStreamRow, ReplicaRow
+from roost_router.fleet_page import Ejection, KvStreamRow, ReplicaRow, SourceRow
 from roost_router.traffic import Told, Traffic
 from roost_wire.load_report import LoadReport
 
@@ -71,6 +71,25 @@ def test_a_replica_that_is_not_up_is_an_error(state):
 
     assert (finding.severity, finding.replica) == ("error", "r0")
     assert "http://10.0.0.1:8000/v1/models" in finding.cure
+
+
+def test_a_replica_that_drains_is_nothing_wrong_unless_it_is_the_last():
+    draining = row(state="draining", reported=LoadReport())
+
+    assert find([draining, row("r1")], UNIX_S) == []
+    finding = one(draining)
+    assert (finding.severity, finding.replica) == ("error", "")
+    assert finding.cure == "start a replica: those that answer are leaving"
+
+
+def test_a_source_that_fails_is_a_warning():
+    failing = SourceRow("DNS vllm:8000", 3, 61.0, "no resolver")
+    well = SourceRow("file x", 3, None, "")
+
+    [finding] = find([row()], UNIX_S, [failing, well])
+
+    assert finding.severity == "warning"
+    assert finding.what == "DNS vllm:8000 fails since 61 s: no resolver"
 
 
 def test_a_fleet_without_a_replica_is_an_error_of_its_own():

@@ -81,6 +81,23 @@ async def test_a_removed_replica_is_polled_no_more(start_router):
         await fake.stop()
 
 
+async def test_a_removed_replica_is_polled_while_requests_run_there(start_router, replicas):
+    """An answer that is not streamed waits for it until polls fail: it must not wait for ever."""
+    router = await start_router(replicas[0])
+    replicas[0].fault = "slow"
+    asking = asyncio.create_task(complete(router))
+    await until(lambda: bool(replicas[0].bodies))
+    [removed] = router.placer.fleet.replicas
+    router.placer.fleet.remove(removed, router.service.now())
+
+    replicas[0].model = "another"
+    await until(lambda: removed.models == ("another",))
+    replicas[0].gate.set()
+
+    assert await asking == 200
+    await until(lambda: removed.membership is Membership.GONE)
+
+
 async def test_an_added_replica_is_asked_at_once_and_gets_traffic(start_router, replicas):
     router = await start_router(replicas[0], poll_interval_s=30.0)
     added = router.placer.fleet.add(replicas[1].url)

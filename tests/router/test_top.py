@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from roost.cli import main
 from roost.text_table import duration, percent, table
 from roost.top_cli import fleet_lines
-from roost_router.fleet_page import Ejection
+from roost_router.fleet_page import Ejection, SourceRow
 from roost_wire.load_report import LoadReport
 
 
@@ -67,6 +67,22 @@ async def test_states_are_words_colours_and_reasons(start_router, replicas):
     page.replicas[0].state = "down"
     (row,) = [line for line in fleet_lines(page, "there") if line.text.startswith("  r0")]
     assert (row.color, row.text.split()[1]) == ("red", "down")
+
+
+async def test_replicas_that_drain_and_sources_that_fail_are_shown(start_router, replicas):
+    page = await fleet(await start_router(*replicas))
+    page.replicas[0].state = "draining"
+    page.sources = [
+        SourceRow("DNS v:1", 2, 61.0, "no \x1b[2J resolver"),
+        SourceRow("x", 1, None, ""),
+    ]
+
+    shown = [line.text.strip() for line in fleet_lines(page, "there") if line.color == "yellow"]
+
+    assert shown[0].split()[:2] == ["r0", "draining"]
+    assert shown[1].startswith("DNS v:1 fails since 1 min")
+    assert "\x1b" not in shown[1]
+    assert len(shown) == 2
 
 
 @pytest.mark.parametrize(

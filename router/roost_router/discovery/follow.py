@@ -75,7 +75,11 @@ class Discovery:
                 tasks.create_task(self._follow(source))
             while True:
                 await asyncio.sleep(TICK_S)
-                self.look()
+                try:
+                    self.look()
+                except Exception:  # noqa: BLE001
+                    # A defect of ours, about one replica, must not end the following of all.
+                    _log.exception("the fleet could not be changed")
 
     async def until_told(self) -> None:
         """Return when each source has answered or failed once, or START_S is over."""

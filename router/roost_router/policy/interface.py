@@ -8,6 +8,7 @@ file of its own; least_outstanding.py is the smallest example, registry.py knows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ class Policy(Protocol):
 def retain(policy: Policy, names: frozenset[str]) -> None:
     """Replicas have gone: what a policy keeps of others than `names` is of no use any more.
 
-    A policy that keeps something by name has a method of this name; most keep nothing.
+    A policy that keeps something by name has a method of this name; most keep nothing. What it
+    raises goes no further: a user's own policy must not keep a replica from leaving.
     """
     told = getattr(policy, "retain", None)
     if told is not None:
-        told(names)
+        with suppress(Exception):
+            told(names)

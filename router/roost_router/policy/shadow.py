@@ -15,7 +15,6 @@ What it raises is counted and goes no further. Over the last ten minutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -91,10 +90,9 @@ class Shadow:
         slot.shadow_matched_tokens += other.matched_tokens
 
     def retain(self, names: frozenset[str]) -> None:
-        """Of replicas, only these are left. Idempotent; what the policy raises goes no further."""
+        """Of replicas, only these are left. Idempotent."""
         for policy in self._policies.values():
-            with suppress(Exception):  # a user's own policy may raise anything
-                retain(policy, names)
+            retain(policy, names)
 
     def report(self, now: float) -> ShadowReport:
         """What the last ten minutes showed."""
