@@ -146,6 +146,12 @@ def test_a_list_replaces_all_that_was_known():
     assert found.resource_version == "200"
 
 
+def test_what_is_no_name_of_a_pod_is_not_told():
+    [told] = listed(with_endpoint(targetRef={"name": "a\nb"})).view()
+
+    assert told.name == ""
+
+
 def test_slices_without_endpoints_or_ports_are_read():
     empty = changed(SLICE, name="empty") | {"endpoints": None, "ports": None}
 

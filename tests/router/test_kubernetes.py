@@ -118,7 +118,8 @@ async def test_a_watch_that_ends_goes_on_from_the_last_version(api):
     assert api.watches[1]["resourceVersion"] == "102"
 
 
-async def test_a_watch_that_breaks_is_made_up_for_by_a_list(api):
+async def test_a_watch_that_breaks_is_made_up_for_by_a_list(api, caplog):
+    caplog.set_level("INFO")
     api.put(endpoint_slice("a", A))
     async with following(api) as found:
         await until(lambda: api.num_watchers == 1)
@@ -128,6 +129,8 @@ async def test_a_watch_that_breaks_is_made_up_for_by_a_list(api):
 
         assert len(api.lists) == 2
         assert found.reason() is None
+    assert "the API server closed the connection; replicas stay as they are" in caplog.text
+    assert "Kubernetes models/vllm answers again" in caplog.text
 
 
 async def test_an_api_server_that_is_away_changes_nothing_and_is_told(api):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import aiohttp
 from asking import PROMPT, complete, fleet, get, until
@@ -96,6 +97,40 @@ async def test_a_removed_replica_is_polled_while_requests_run_there(start_router
 
     assert await asking == 200
     await until(lambda: removed.membership is Membership.GONE)
+
+
+async def test_a_hundred_replicas_that_came_and_went_leave_nothing_behind(start_router, replicas):
+    """Tasks, open files and what is kept by name are as before."""
+    router = await start_router(replicas[0], poll_interval_s=5.0)
+    members, service = router.placer.fleet, router.service
+    await complete(router)
+
+    def kept() -> tuple[int, ...]:
+        placer, poller = router.placer, members._watchers[-1]
+        return (
+            len(asyncio.all_tasks()),
+            len(service._pools),
+            len(placer._pending) + len(placer._running) + len(placer._silent),
+            len(poller._tasks) + len(poller._unasked),
+            len(placer.index._held),
+        )
+
+    def num_files() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    before, files_before = kept(), num_files()
+    for number in range(100):
+        url = replicas[1].url if number % 2 else f"http://127.0.0.1:9/{number}"
+        added = members.add(url)
+        if number % 2:
+            await until(lambda added=added: added.is_up)
+            await complete(router, prompt=f"{number} " * 400)
+        members.remove(added, service.now())
+    await until(lambda: kept() == before)
+    await until(lambda: num_files() <= files_before + 2)
+
+    assert members.num_removed == 100
+    assert replicas[1].bodies
 
 
 async def test_an_added_replica_is_asked_at_once_and_gets_traffic(start_router, replicas):

@@ -30,6 +30,7 @@ import msgspec
 from roost_router.discovery.roster import Told
 
 _DNS_LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+_POD_NAME = re.compile(r"[-.a-z0-9]{1,253}")
 _SERVICE_LABEL: Final = "kubernetes.io/service-name"
 _FAMILIES: Final = ("IPv4", "IPv6", "FQDN")  # of which the first that there is counts
 _GONE: Final = 410
@@ -220,7 +221,7 @@ def _told(url: str, endpoint: _Endpoint) -> Told:
     conditions = endpoint.conditions or _Conditions()
     is_draining = conditions.ready is False or conditions.terminating is True
     name = "" if endpoint.target_ref is None else endpoint.target_ref.name
-    return Told(url, name, is_draining)
+    return Told(url, name if _POD_NAME.fullmatch(name) else "", is_draining)
 
 
 def _decoded(data: bytes | msgspec.Raw, kind: type[_Kind]) -> _Kind:

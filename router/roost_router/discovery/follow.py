@@ -38,6 +38,7 @@ class Discovery:
         self._roster.open(_STATIC, is_fixed=True)
         self._has_news = asyncio.Event()
         self._num_beyond = 0
+        self._failing: set[str] = set()
         for source in self._sources:
             self.open(source.name, linger_s=source.linger_s)
         self.told(_STATIC, [Told(replica.url) for replica in fleet.replicas])
@@ -48,6 +49,9 @@ class Discovery:
 
     def told(self, source: str, view: Iterable[Told]) -> None:
         """All that a source knows of."""
+        if source in self._failing:
+            self._failing.remove(source)
+            _log.info("%s answers again", source)
         for note in self._roster.told(source, view, self._clock()):
             _log.warning("left out of what %s tells: %s", source, note)
         self._has_news.set()
@@ -55,6 +59,7 @@ class Discovery:
 
     def failed(self, source: str, reason: str) -> None:
         """A source could not be asked."""
+        self._failing.add(source)
         if self._roster.failed(source, reason, self._clock()):
             _log.warning("%s: %s; replicas stay as they are", source, reason)
         self._has_news.set()

@@ -46,6 +46,8 @@ MAX_WAIT_S: Final = 30.0
 #: Watches that end sooner are not begun anew at once.
 _MIN_WATCH_S: Final = 1.0
 _GONE: Final = 410
+#: Of what a server says: it goes into logs and tables.
+_MAX_REASON_CHARS: Final = 300
 _CURES: Final = {
     401: "the service account's token is not accepted",
     403: "the service account needs a role that may list and watch endpointslices",
@@ -171,5 +173,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, PageError | SliceError):
-        return str(error)
-    return f"the API server cannot be reached: {error}"
+        # Whoever answers is a replica to those who read answers.
+        return str(error).replace("the replica", "the API server")[:_MAX_REASON_CHARS]
+    return f"the API server cannot be reached: {error}"[:_MAX_REASON_CHARS]
