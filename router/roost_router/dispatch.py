@@ -68,6 +68,17 @@ class Dispatcher(Generic[Request]):
         """Requests that wait, of all models."""
         return sum([len(late.queue) for late in self._late.values()])
 
+    def waiting_s(self) -> dict[str, float]:
+        """Prefill seconds of all that wait, by the replica that was cheapest at their last look.
+
+        O(models * replicas).
+        """
+        waiting_s: dict[str, float] = {}
+        for late in self._late.values():
+            for replica, prefill_s in late.queue.waiting_s.items():
+                waiting_s[replica] = waiting_s.get(replica, 0.0) + prefill_s
+        return waiting_s
+
     def held(self) -> list[Held[Request]]:
         """All that wait, by model, then by arrival. O(held * log)."""
         return [held for late in self._late.values() for held in late.queue.held()]

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -31,6 +31,7 @@ from roost_router.series import PREFIX, counter, gauge
 from roost_router.store_metrics import StoreCollector
 
 if TYPE_CHECKING:
+    from roost_router.dispatch import Dispatcher
     from roost_router.discovery.roster import SourceStatus
     from roost_router.fleet.fleet import Fleet
     from roost_router.fleet.replica import Replica
@@ -121,9 +122,9 @@ class RouterMetrics(Collector):
         self.registry.register(_FleetCollector(placer))
         self.registry.register(_LadderCollector(placer, self))
 
-    def watch_held(self, num_held: Callable[[], int]) -> None:
-        """Export how many requests wait in the router, as `num_held` says."""
-        self.registry.register(_HeldCollector(num_held))
+    def watch_held(self, dispatcher: Dispatcher[Any], fleet: Fleet) -> None:
+        """Export what waits: held by `dispatcher`, and queued on the replicas of `fleet`."""
+        self.registry.register(_WaitingCollector(dispatcher, fleet))
 
     def watch_discovery(
         self, status: Callable[[], list[SourceStatus]], now: Callable[[], float]
@@ -273,6 +274,10 @@ class _FleetCollector(Collector):
         replicas = [*fleet.replicas, *fleet.leaving]
         gauges: dict[str, tuple[str, Callable[[Replica], float]]] = {
             "replica_up": ("1 while requests may be placed there.", lambda r: r.is_open),
+            "replica_ejected": (
+                "1 while failures keep requests away, or one may try it.",
+                lambda r: r.health.ejected_until is not None,
+            ),
             "in_flight": ("Requests placed there, not yet ended.", lambda r: r.num_in_flight),
             "decoding": ("Streams running there.", lambda r: r.num_decoding),
             "queued_tokens": ("Uncached prompt tokens waiting there.", lambda r: r.queued_tokens),
@@ -296,16 +301,31 @@ class _FleetCollector(Collector):
         yield gauge("index_blocks", "Distinct blocks in the index.", (), {(): len(index)})
 
 
-class _HeldCollector(Collector):
-    """Requests that wait for a replica that can start them."""
+class _WaitingCollector(Collector):
+    """Requests that wait for a replica that can start them, and how long all that waits takes.
 
-    def __init__(self, num_held: Callable[[], int]) -> None:
-        self._num_held = num_held
+    A router counts its own work only, so that the sum over routers is each replica's backlog.
+    """
+
+    def __init__(self, dispatcher: Dispatcher[Any], fleet: Fleet) -> None:
+        self._dispatcher = dispatcher
+        self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the current value."""
+        """Yield the current values."""
         text = "Requests held until a replica can start them."
-        yield gauge("held_requests", text, (), {(): self._num_held()})
+        yield gauge("held_requests", text, (), {(): self._dispatcher.num_held})
+        backlog = GaugeMetricFamily(
+            "roost_backlog_seconds",
+            "Prefill that this router has waiting for a replica, queued there or held.",
+            labels=("replica",),
+        )
+        fleet, held_s = self._fleet, self._dispatcher.waiting_s()
+        for replica in fleet.replicas:
+            if replica.is_up:
+                queued_s = replica.queued_tokens / fleet.prefill_tokens_per_s(replica)
+                backlog.add_metric((replica.name,), queued_s + held_s.get(replica.name, 0.0))
+        yield backlog
 
 
 class _DiscoveryCollector(Collector):

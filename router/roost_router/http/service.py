@@ -96,7 +96,7 @@ class DataService:
         self.placer = placer
         self.dispatcher: Dispatcher[Exchange] = Dispatcher(placer, rng, config.max_held)
         self.metrics = metrics
-        metrics.watch_held(lambda: self.dispatcher.num_held)
+        metrics.watch_held(self.dispatcher, placer.fleet)
         self.receipts = Receipts()
         self.tokens: PromptTokens | None = None  # where KV events are followed
         self.follower: KvFollower | None = None  # likewise
