@@ -1,4 +1,4 @@
-"""Dashboards: made by their script, each expression parses, each metric exists, each unit is known."""
+"""Dashboards: made by their script; each expression parses, each metric exists."""
 
 from __future__ import annotations
 

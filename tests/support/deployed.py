@@ -73,7 +73,7 @@ class CommandLine:
         values, _, _ = command.make_parser(context).parse_args(known)
         named = {parameter.name: parameter.opts for parameter in command.params}
         for key, value in values.items():
-            if value is not None and named[key][0].startswith("--"):
+            if value is not None and named.get(key, [""])[0].startswith("--"):
                 self.options[named[key][0]] = value
         self._defaults = {
             parameter.opts[0]: parameter.get_default(context) for parameter in command.params
