@@ -9,9 +9,11 @@ import subprocess
 import pytest
 import yaml
 from deployed import DEPLOY, ROOT, exported, load, selectors
+from promql import failures
 
 PROMETHEUS = DEPLOY / "prometheus"
-RULES = [rule for group in load(PROMETHEUS / "alerts.yaml")["groups"] for rule in group["rules"]]
+GROUPS = load(PROMETHEUS / "alerts.yaml")["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 TESTS = load(PROMETHEUS / "alerts_test.yaml")["tests"]
 JOBS = {job["job_name"] for job in load(PROMETHEUS / "prometheus.yaml")["scrape_configs"]}
@@ -64,7 +66,12 @@ def test_every_metric_of_an_alert_is_there_while_all_is_well():
     assert asked - series <= of_its_own | {"roost_router_token_drift"}
 
 
-def test_they_fire_when_they_must_and_only_then():
+@pytest.mark.parametrize("test", TESTS, ids=lambda test: test["name"])
+def test_they_fire_when_they_must_and_only_then(test):
+    assert failures(test, GROUPS, 60.0) == []
+
+
+def test_promtool_says_the_same():
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: apt install prometheus)")
