@@ -103,6 +103,8 @@ def test_the_front_and_prometheus_know_both_routers():
         (name, f"{name}:8000") for name in ROUTERS
     ]
     assert "check port 9000" in front
+    (at_most,) = re.findall(r"^ +maxconn (\d+)", front, re.MULTILINE)
+    assert 2 * int(at_most) + 100 <= SERVICES["front"]["ulimits"]["nofile"]  # both sides
     jobs = load(DEPLOY / "prometheus" / "prometheus.yaml")["scrape_configs"]
     targets = [target for job in jobs for target in job["static_configs"][0]["targets"]]
     assert targets == [*(f"{name}:9000" for name in ROUTERS), *(f"{e}:8101" for e in ENGINES)]

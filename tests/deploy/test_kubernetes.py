@@ -157,16 +157,20 @@ class TestRendered:
         for selector in wanted:
             assert any(selector.items() <= labels.items() for labels in pods), selector
 
-    def test_secrets_that_are_mounted_are_those_of_one_secret(self, overlay):
+    def test_pods_get_the_secrets_that_their_options_name_and_no_other(self, overlay):
         for deployment in of(rendered(overlay), "Deployment"):
             pod = deployment["spec"]["template"]["spec"]
-            mounted = {m["name"] for c in pod["containers"] for m in c.get("volumeMounts", [])}
-            volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
-            assert mounted == set(volumes)
-            for volume in volumes.values():
-                assert (
-                    volume.get("secret", {}).get("secretName", "roost-secrets") == "roost-secrets"
-                )
+            (container,) = pod["containers"]
+            mounts = {one["name"]: one["mountPath"] for one in container.get("volumeMounts", [])}
+            assert set(mounts) == {volume["name"] for volume in pod.get("volumes", [])}
+            given = {
+                f"{mounts[volume['name']]}/{item['path']}"
+                for volume in pod.get("volumes", [])
+                if volume.get("secret", {}).get("secretName") == "roost-secrets"
+                for item in volume["secret"]["items"]
+            }
+            parts = [argument.rpartition("=")[2] for argument in container["args"]]
+            assert given == {part for part in parts if part.startswith("/run/secrets/")}
 
 
 def parts(overlay: str, name: str) -> tuple[Manifest, Manifest, CommandLine]:
