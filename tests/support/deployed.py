@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from roost.cli import main
 from roost_engine.core import EngineCore
 from roost_engine.metrics import EngineMetrics
+from roost_engine.request import FinishReason
 from roost_router.app import Router, build_placer
 from roost_router.config import RouterConfig
 
@@ -35,17 +36,15 @@ OPTIONS_TO_COME = frozenset(
         "--replicas-kubernetes",
     }
 )
-METRICS_TO_COME = frozenset(
-    {
-        "roost_news_batches_total",
-        "roost_news_lag_seconds",
-        "roost_peers",
-        "roost_store_errors_total",
-        "roost_store_up",
-    }
-)
-#: What Prometheus itself adds.
-_PROMETHEUS = frozenset({"up", "ALERTS"})
+METRICS_TO_COME = {
+    "roost_news_batches_total": frozenset({"direction"}),
+    "roost_news_lag_seconds": frozenset[str](),
+    "roost_peers": frozenset[str](),
+    "roost_store_errors_total": frozenset({"reason"}),
+    "roost_store_up": frozenset[str](),
+}
+#: What Prometheus adds to each series; the namespace only on Kubernetes.
+_TARGET = frozenset({"job", "instance", "namespace"})
 _SAMPLES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}
 
 
@@ -90,24 +89,54 @@ def _split(argument: str) -> list[str]:
 
 
 @functools.cache
-def exported() -> frozenset[str]:
-    """Names of all samples that a router or an engine exposes, or is to."""
+def exported() -> dict[str, frozenset[str]]:
+    """Names of all samples that a router or an engine exposes, or is to, with their labels."""
     return asyncio.run(_exported())
 
 
-async def _exported() -> frozenset[str]:
+async def _exported() -> dict[str, frozenset[str]]:
     config = RouterConfig(replicas=("http://127.0.0.1:1",), tokenizers=(("m", Path()),))
     router = Router(config, build_placer(config, Random(1)))
     engine = HandEngine()
     metrics = EngineMetrics("m", EngineCore(engine.scheduler, engine.model))
+    metrics.count_finished(FinishReason.STOP)
     families = [
         *router.service.metrics.registry.collect(),
         *text_string_to_metric_families(metrics.render().decode()),
     ]
-    names = {
-        family.name + suffix for family in families for suffix in _SAMPLES.get(family.type, ("",))
-    }
-    return METRICS_TO_COME.union(names, _PROMETHEUS)
+    found = {"up": _TARGET}
+    for family in families:
+        labels = {label for sample in family.samples for label in sample.labels}
+        labels.update(getattr(family, "_labelnames", ()))  # where there is no sample yet
+        for suffix in _SAMPLES.get(family.type, ("",)):
+            of_suffix = labels - {"le"} | ({"le"} if suffix == "_bucket" else set())
+            found[family.name + suffix] = _TARGET | of_suffix
+    return found | {name: _TARGET | labels for name, labels in METRICS_TO_COME.items()}
+
+
+def complaints(expression: str, recorded: Iterable[str] = ()) -> list[str]:
+    """Metrics and labels of a PromQL expression that do not exist; `recorded`: by rules, do.
+
+    Raises ValueError where it does not parse.
+    """
+    known = exported() | dict.fromkeys(recorded, _TARGET)
+    found: list[str] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, promql_parser.VectorSelector):
+            if node.name not in known:
+                found.append(f"no metric {node.name}")
+            else:
+                asked = {matcher.name for matcher in node.matchers.matchers}
+                found.extend(f"{node.name} has no {label}" for label in asked - known[node.name])
+        elif isinstance(node, promql_parser.AggregateExpr) and node.modifier:
+            for selector in selectors(node.expr.prettify()):
+                missing = set(node.modifier.labels) - known.get(selector.name, frozenset())
+                found.extend(f"{selector.name} has no {label}" for label in missing)
+        return True
+
+    promql_parser.walk(promql_parser.parse(expression), visit)
+    return found
 
 
 def selectors(expression: str) -> Iterator[promql_parser.VectorSelector]:
