@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import re
 import shutil
 import socket
 import subprocess
@@ -70,7 +71,7 @@ def test_redis_users_are_this_one_only(folder):
     off, line = (folder / "users.acl").read_text().splitlines()
     assert off == "user default off"
     assert line.startswith(f"user roost on #{hashlib.sha256(password).hexdigest()} ~roost:* ")
-    assert "resetchannels -@all +ping" in line
+    assert " resetchannels -@all +" in line
     assert not {"+eval", "+keys", "+@all", "+flushdb", "+config"} & set(line.split())
 
 
@@ -133,3 +134,15 @@ def test_a_missing_folder_is_asked_for():
 def test_it_is_plain_shell():
     assert shutil.which("sh")
     subprocess.run(["sh", "-n", str(SCRIPT)], check=True)
+
+
+def test_the_user_may_send_what_routers_send_and_their_scripts_call():
+    client = pytest.importorskip("roost_router.store.client")
+    scripts = Path(client.__file__).parent.glob("scripts/*.lua")
+    called = {
+        name.lower()
+        for script in scripts
+        for name in re.findall(r"\bcall\(\s*['\"](\w+)['\"]", script.read_text())
+    }
+    rights = set((DEPLOY / "redis" / "roost.acl").read_text().split())
+    assert {f"+{name}" for name in {*client.COMMANDS, *called}} <= rights
