@@ -296,24 +296,34 @@ BOARDS: Final = {
         "Roost: what routers share",
         {
             "Redis": [
-                Panel("Reached", "short", {"{{instance}}": "min by (instance) (roost_store_up)"}),
-                Panel("Errors", "ops", {"{{reason}}": _rate("roost_store_errors_total", "reason")}),
+                Panel(
+                    "Reached",
+                    "short",
+                    {"{{instance}}": "min by (instance) (roost_router_store_up)"},
+                ),
+                Panel(
+                    "Errors",
+                    "ops",
+                    {"{{reason}}": _rate("roost_router_store_errors_total", "reason")},
+                ),
                 Panel(
                     "Other routers heard",
                     "short",
-                    {"{{instance}}": "max by (instance) (roost_peers)"},
+                    {"{{instance}}": "max by (instance) (roost_router_peers)"},
                 ),
             ],
             "News": [
                 Panel(
-                    "Late by", "s", {"{{instance}}": "max by (instance) (roost_news_lag_seconds)"}
+                    "Late by",
+                    "s",
+                    {"{{instance}}": "max by (instance) (roost_router_news_lag_seconds)"},
                 ),
                 Panel(
                     "Batches",
                     "ops",
                     {
                         "{{instance}} {{direction}}": _rate(
-                            "roost_news_batches_total", "instance, direction"
+                            "roost_router_news_batches_total", "instance, direction"
                         )
                     },
                 ),

@@ -31,8 +31,8 @@ from roost_router.series import PREFIX, counter, gauge
 from roost_router.store_metrics import StoreCollector
 
 if TYPE_CHECKING:
-    from roost_router.dispatch import Dispatcher
     from roost_router.discovery.roster import SourceStatus
+    from roost_router.dispatch import Dispatcher
     from roost_router.fleet.fleet import Fleet
     from roost_router.fleet.replica import Replica
     from roost_router.http.record import RequestRecord

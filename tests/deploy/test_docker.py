@@ -20,7 +20,6 @@ from deployed import DEPLOY, ROOT, CommandLine
 FILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 #: On its way into pyproject.toml.
-EXTRAS_TO_COME = {"redis"}
 HEAVY = ("torch", "triton", "numpy", "transformers")
 
 
@@ -98,7 +97,7 @@ def test_extras_that_are_installed_exist(path):
     asked = re.findall(r"\.\[([a-z,]+)\]|ARG EXTRAS=([a-z,]+)", text)
     names = {name for pair in asked for part in pair for name in part.split(",") if name}
     assert names
-    assert names <= set(EXTRAS) | EXTRAS_TO_COME
+    assert names <= set(EXTRAS)
 
 
 def test_the_router_runs_from_what_its_image_copies_and_imports_no_torch(tmp_path):

@@ -126,7 +126,7 @@ class TestRendered:
         (service,) = of(rendered(overlay), "Service", "roost-engine")
         assert service["spec"]["clusterIP"] == "None"
         port = service["spec"]["ports"][0]["port"]
-        assert line.options["--replicas-kubernetes"] == f"roost/roost-engine:{port}"
+        assert line.options["--replicas-kubernetes"] == [f"roost/roost-engine:{port}"]
 
     def test_everybody_is_cut_off_but_who_is_named(self, overlay):
         policies = {
