@@ -149,8 +149,10 @@ async def test_an_api_server_that_is_away_changes_nothing_and_is_told(api):
 
 
 @pytest.mark.parametrize("is_event", [True, False])
-async def test_a_version_that_is_too_old_is_listed_again_at_once(api, is_event):
+async def test_a_version_that_is_too_old_is_listed_again_at_once(api, is_event, monkeypatch):
     """As an event within a watch, or as the status of the next one. Nothing failed."""
+    monkeypatch.setattr(kubernetes, "FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr(kubernetes, "MAX_WAIT_S", 60.0)
     api.put(endpoint_slice("a", A))
     async with following(api, watch_s=60.0 if is_event else 1.0) as found:
         await until(lambda: api.num_watchers == 1)

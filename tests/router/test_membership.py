@@ -276,6 +276,33 @@ def test_evidence_that_comes_late_does_not_bring_one_back():
     assert bench.index._held == {}
 
 
+def test_what_is_learnt_late_of_one_that_is_gone_is_not_kept():
+    bench = Bench(1)
+    first = bench.place(0)
+    bench.placer.first_byte(first, 1.0, streamed=True)
+    bench.placer.finish(first, 1.0)
+    late = bench.place(0, 2.0)  # all of it is believed to be there
+    late.fields.counted_tokens = 1280
+    bench.placer.first_byte(late, 3.0, streamed=True)
+    bench.fleet.remove(late.replica, 3.0)
+    bench.placer.finish(late, 3.0)
+    assert late.replica.membership is Membership.GONE
+
+    bench.placer.learn(late, 1280, 0)
+
+    assert_nothing_is_kept(bench)
+
+
+def test_a_fit_that_replicas_share_counts_those_that_are_there():
+    bench = Bench(3)
+    shared = bench.fleet.replicas[0].speed.prefill
+    assert shared.num_replicas == 3
+
+    bench.fleet.remove(bench.fleet.replicas[1], 0.0)
+
+    assert shared.num_replicas == 2
+
+
 def test_a_ring_keeps_the_names_of_those_that_are_left_and_their_keys():
     ring = HashRing()
     names = [f"r{number}" for number in range(8)]
