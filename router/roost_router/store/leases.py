@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from roost_router.store.index import Calls
 
 #: A router that has not beaten for so long has lost its leases. With a beat each BEAT_S another one
-#: feeds after at most 2 s.
-TTL_MS: Final = 1500
+#: feeds 1.8 s after its last beat at the latest, and two beats may be lost without a change.
+TTL_MS: Final = 1300
 BEAT_S: Final = 0.5
 #: Replicas of one call: about 1 ms of Redis' CPU.
 _CHUNK: Final = 512
