@@ -138,9 +138,10 @@ def goals(ours: Sequence[Figures]) -> list[str]:
     """Ours against the goals, at each size."""
     lines = [""]
     for one in ours:
-        longest = one.lookup_cpu_us[LENGTHS[-1]]
+        longest, usual = one.lookup_cpu_us[LENGTHS[-1]], one.usual_cpu_us
         for what, value, goal, is_met in (
             ("CPU us of a lookup of 2,048", longest, GOAL_LOOKUP_US, longest <= GOAL_LOOKUP_US),
+            ("the same as asked", usual, GOAL_LOOKUP_US, usual <= GOAL_LOOKUP_US),
             ("bytes a block", one.bytes_per_block, GOAL_BYTES, one.bytes_per_block <= GOAL_BYTES),
             ("blocks/s a core", one.per_s, GOAL_PER_S, one.per_s >= GOAL_PER_S),
         ):

@@ -65,11 +65,13 @@ def _raw(reply: Any) -> Any:
 
 def test_goals_are_met_at_their_edge_and_not_beyond() -> None:
     lookups = dict.fromkeys(LENGTHS, 100.0)
-    edge = Figures("ours", 1_000_000, 20.0, 4.0, 6.0, lookups, lookups, 9.0)
-    beyond = Figures("ours", 1_000_000, 20.1, 4.0, 6.1, lookups, dict.fromkeys(LENGTHS, 100.1), 9.0)
+    edge = Figures("ours", 1_000_000, 20.0, 4.0, 6.0, lookups, lookups, 100.0)
+    beyond = Figures(
+        "ours", 1_000_000, 20.1, 4.0, 6.1, lookups, dict.fromkeys(LENGTHS, 100.1), 100.1
+    )
 
-    assert [line.rpartition(": ")[2] for line in goals([edge])[1:]] == ["met"] * 3
-    assert [line.rpartition(": ")[2] for line in goals([beyond])[1:]] == ["NOT met"] * 3
+    assert [line.rpartition(": ")[2] for line in goals([edge])[1:]] == ["met"] * 4
+    assert [line.rpartition(": ")[2] for line in goals([beyond])[1:]] == ["NOT met"] * 4
 
 
 def test_peers_are_told_as_multiples_of_ours() -> None:
