@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -225,6 +225,35 @@ async def test_a_user_with_the_documented_rights_may_do_everything(version: str)
             while not (await index.sweep()).is_round_over:
                 pass
             await leases.release()
+
+
+FIELDS = [b"at", b"live", b"dead", b"going", b"cursor", b"gen", b"r0", b"s0", b"ndevice a"]
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=bytes.decode)
+@pytest.mark.parametrize("garbage", [b"", b"-1", b"0.5", b"1e300", b"\xff" * 70, b"9 9 x y z"])
+async def test_a_poisoned_table_is_got_over(
+    server: RedisServer, field: bytes, garbage: bytes
+) -> None:
+    """Whoever may write to Redis can make the index forget or lie, but break nothing."""
+    ids = ids_of(9)
+    async with index_at(server) as index:
+        holder = await index.open_holder(b"a", Tier.DEVICE, 1, 1)
+        await index.add(holder, ids, 0)
+        server.client.hset(PREFIX + b"holders", field, garbage)
+
+        await index.lookup(ids, 0.5)
+        for write in (index.add(holder, ids, 0), index.remove(holder, ids)):
+            with suppress(HolderGoneError):
+                await write
+        while not (await index.sweep()).is_round_over:
+            pass
+        while not (await index.sweep()).is_round_over:
+            pass
+        again = await index.open_holder(b"a", Tier.DEVICE, 2, 2)
+        assert (await index.add(again, ids, 0)).skipped == 0
+        levels_found = (await index.lookup(ids, 0.5)).levels
+        assert [depth for depth, _ in levels_found] == [9]
 
 
 # leases

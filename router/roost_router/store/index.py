@@ -207,11 +207,13 @@ class RedisIndex:
     async def _read_holders(self, budget_s: float) -> None:
         reply = await self._call(scripts.LIST_HOLDERS, (), budget_s, 0)
         version, live, *records = reply or (b"", b"")
-        self._holders = {
+        names = {
             number: _holder_name(record)
             for number, record in zip(records[::2], records[1::2], strict=True)
         }
-        self._version, self._live = version, int.from_bytes(live, "little")
+        self._holders = {number: name for number, name in names.items() if name is not None}
+        known = sum(1 << number for number in self._holders)
+        self._version, self._live = version, int.from_bytes(live, "little") & known
 
     async def _call(
         self, script: scripts.Script, args: tuple[bytes | int, ...], budget_s: float, least: int
@@ -231,9 +233,13 @@ class RedisIndex:
         return reply
 
 
-def _holder_name(record: bytes) -> HolderName:
-    _, _, epoch, tier, replica = record.split(b" ", 4)
-    return HolderName(replica, Tier(tier.decode()), int(epoch))
+def _holder_name(record: bytes) -> HolderName | None:
+    """None for a record that no script wrote."""
+    try:
+        _, _, epoch, tier, replica = record.split(b" ", 4)
+        return HolderName(replica, Tier(tier.decode()), int(epoch))
+    except ValueError:
+        return None
 
 
 def _check_whole(ids: bytes) -> None:

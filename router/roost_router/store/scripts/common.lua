@@ -96,6 +96,13 @@ local function digits(number)
   return string.format('%.0f', number)
 end
 
+-- A whole number that lies in the table; 0 for what is none.
+local function number_in(field)
+  local number = tonumber(call('HGET', TABLE, field) or 0)
+  if number and number >= 0 and number == floor(number) and number < 2 ^ 53 then return number end
+  return 0
+end
+
 -- Whether `a` is less than `b`, both whole numbers as text of any length, without leading zeros.
 local function is_less(a, b)
   return #a < #b or (#a == #b and a < b)
@@ -126,7 +133,7 @@ end
 -- A version of the table that was never before, not even in one that is lost.
 local function next_version()
   local version = now_us()
-  local last = tonumber(call('HGET', TABLE, 'at') or 0)
+  local last = number_in('at')
   if version <= last then version = last + 1 end
   call('HSET', TABLE, 'at', digits(version))
   return digits(version)
@@ -137,7 +144,7 @@ local function refusal(number, serial, fence)
   local holder = read_record(number)
   if not holder or holder.serial ~= serial then return {'GONE'} end
   if is_less(fence, holder.fence) then return {'FENCED', holder.fence} end
-  if fence ~= holder.fence or tonumber(call('TIME')[1]) >= tonumber(call('HGET', TABLE, 's' .. number) or 0) + 60 then
+  if fence ~= holder.fence or tonumber(call('TIME')[1]) >= number_in('s' .. number) + 60 then
     holder.fence = fence
     write_record(number, holder)
   end

@@ -3,10 +3,10 @@
 -- that are free again, keys removed that were no buckets; or EMPTY for no index.
 
 local most_buckets, left, ttl_s = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local known = call('HMGET', TABLE, 'gen', 'cursor', 'dead', 'going')
+local known = call('HMGET', TABLE, 'gen', 'dead', 'going')
 if not known[1] then return {'EMPTY'} end
-local buckets, cursor, dead = BUCKETS .. known[1], tonumber(known[2] or 0), known[3] or ''
-local going = known[4] or ''       -- of the dead those that were it when this round began
+local buckets, cursor, dead = BUCKETS .. known[1], number_in('cursor'), known[2] or ''
+local going = known[3] or ''       -- of the dead those that were it when this round began
 local is_clean = is_empty(dead)
 local seen, blocks, removed, freed, strange = 0, 0, 0, 0, 0
 
@@ -53,7 +53,7 @@ while seen < most_buckets and left > 0 and cursor < NUM_BUCKETS do
   cursor, seen = cursor + 1, seen + 1
 end
 
-if cursor == NUM_BUCKETS then
+if cursor >= NUM_BUCKETS then
   cursor = 0
   for number = 0, #going * 8 - 1 do
     if has_bit(going, number) then freed = freed + 1 end
@@ -65,7 +65,7 @@ if cursor == NUM_BUCKETS then
   local is_changed = false
   call('HSET', TABLE, 'dead', dead)
   for number = 0, #live * 8 - 1 do
-    if has_bit(live, number) and tonumber(call('HGET', TABLE, 's' .. number) or 0) + ttl_s < now then
+    if has_bit(live, number) and number_in('s' .. number) + ttl_s < now then
       retire(number, read_record(number))
       is_changed = true
     end
