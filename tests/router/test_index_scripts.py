@@ -438,6 +438,26 @@ def test_serials_grow_although_the_clock_went_back(server: RedisServer) -> None:
     assert index.open_holder(b"s", b"device", 1, 1)[2] == b"9000000000000001"
 
 
+@pytest.mark.parametrize("act", ["add", "open", "sweep"])
+def test_what_is_used_lives_on(server: RedisServer, act: str) -> None:
+    index, chain = Both(server), chain_of(3)
+    writer = filled_one(index)
+    index.add(writer, chain)
+    bucket = index._bucket(chain_key(chain))
+    for key in (TABLE, bucket):
+        index.redis.expire(key, 100)
+
+    if act == "add":
+        index.add(writer, chain)
+    elif act == "open":
+        index.open_holder(b"r", b"device", 1, 1)
+    else:
+        index.sweep()
+
+    assert index.redis.ttl(TABLE) > TTL_S
+    assert (index.redis.ttl(bucket) > 100) == (act == "sweep")
+
+
 def test_ids_that_are_not_whole_change_nothing(server: RedisServer) -> None:
     index = Both(server)
     writer = filled_one(index)
