@@ -175,6 +175,15 @@ async def test_a_cancelled_reader_leaves_no_entry_to_the_next(store):
         assert await store.read_after(other, b"0-0", 0, 1) == []
 
 
+async def test_a_cancelled_reader_holds_up_no_other(store):
+    reading = asyncio.create_task(store.read_after(KEY, b"$", 60, 1))
+    await asyncio.sleep(0.05)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+
+    assert await store.read_after(KEY, b"0-0", 0, 1) == []  # not after the minute of the other
+
+
 async def test_a_closed_store_is_down_and_leaves_no_connection(server):
     told: list[Told] = []
     async with open_store(server.url, told) as store:
@@ -375,7 +384,8 @@ async def test_a_reply_without_end_is_cut_off(store, server, monkeypatch):
     server.client.set("roost:{t}:a", b"x" * 900_000)
     server.client.set("roost:{t}:b", b"x" * 9_000_000)
 
-    assert len(await store.get(b"roost:{t}:a", 5)) == 900_000
+    for _ in range(3):  # more than one may have, in all
+        assert len(await store.get(b"roost:{t}:a", 5)) == 900_000
     assert await fault_of(store.get(b"roost:{t}:b", 5), 5) is StoreFault.NONSENSE
     await until_works(store)
 
