@@ -83,7 +83,7 @@ class Ours(Layout):
 
     def remove(self, replica: int, ids: bytes) -> list[Command]:
         """A call for each chunk."""
-        holder = (*self._holders[replica], 1)
+        holder = (*self._holders[replica], 1, TTL_S)
         return [_call(scripts.REMOVE, *holder, chunk) for _, chunk in _chunks(ids, CHUNK_IDS)]
 
     def lookup(self, ids: bytes) -> list[Command]:

@@ -65,7 +65,7 @@ class Both:
         return reply
 
     def remove(self, writer: tuple[int, int, int], ids: list[bytes]) -> Any:
-        reply = self.call(scripts.REMOVE, *writer, b"".join(ids))
+        reply = self.call(scripts.REMOVE, *writer, TTL_S, b"".join(ids))
         assert reply == self.twin.remove(*writer, ids)
         return reply
 
@@ -463,7 +463,7 @@ def test_ids_that_are_not_whole_change_nothing(server: RedisServer) -> None:
     writer = filled_one(index)
     for script, args in (
         (scripts.ADD, (*writer, TTL_S, 9, 0, b"x" * 15)),
-        (scripts.REMOVE, (*writer, b"x" * 15)),
+        (scripts.REMOVE, (*writer, TTL_S, b"x" * 15)),
         (scripts.LOOKUP, (b"x" * 15, 9)),
     ):
         with pytest.raises(ResponseError, match="8 bytes each, these are 15 bytes"):

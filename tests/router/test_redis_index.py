@@ -16,6 +16,7 @@ from redis_twins import LeasesTwin, pack
 from roost_router.store import scripts
 from roost_router.store.address import parse_address
 from roost_router.store.client import Store
+from roost_router.store.errors import StoreError
 from roost_router.store.index import (
     CHUNK_IDS,
     FencedError,
@@ -225,6 +226,30 @@ async def test_a_user_with_the_documented_rights_may_do_everything(version: str)
             while not (await index.sweep()).is_round_over:
                 pass
             await leases.release()
+
+
+async def test_a_full_server_takes_what_makes_room_and_nothing_half(server: RedisServer) -> None:
+    ids = ids_of(300)
+    async with index_at(server) as index:
+        holder = await index.open_holder(b"a", Tier.DEVICE, 1, 1)
+        other = await index.open_holder(b"b", Tier.DEVICE, 1, 1)
+        for one in (holder, other):
+            await index.add(one, ids, 0)
+        await index.retire_holder(other)
+        server.client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(StoreError, match="OOM"):
+                await index.add(holder, ids_of(20, seed=2), 0)
+            with pytest.raises(StoreError, match="OOM"):
+                await index.open_holder(b"a", Tier.DEVICE, 2, 1)
+            assert (await index.lookup(ids, 0.5)).levels == [(300, 1)]
+            assert (await index.remove(holder, ids[-80:])).changed == 10
+            while not (await index.sweep()).is_round_over:
+                pass
+        finally:
+            server.client.config_set("maxmemory", 0)
+        assert (await index.lookup(ids, 0.5)).levels == [(290, 1)]
+        assert (await index.lookup(ids_of(20, seed=2), 0.5)).levels == []
 
 
 FIELDS = [b"at", b"live", b"dead", b"going", b"cursor", b"gen", b"r0", b"s0", b"ndevice a"]

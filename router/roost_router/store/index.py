@@ -171,7 +171,7 @@ class RedisIndex:
         """Blocks are gone from a holder. Raises as `add`."""
         changed = skipped = 0
         for _, chunk in _chunks(ids):
-            args = (holder.number, holder.serial, holder.fence, chunk)
+            args = (holder.number, holder.serial, holder.fence, TTL_S, chunk)
             reply = await self._call(scripts.REMOVE, args, budget_s, 3)
             changed, skipped = changed + reply[1], skipped + reply[2]
         return Written(changed, 0, skipped)

@@ -3,7 +3,7 @@
     <prefix>holders               HASH: who may hold blocks, and the state of the sweep
         r<number>                 "<serial> <fence> <epoch> <tier> <replica>" of a live holder
         n<tier> <replica>         its number
-        s<number>                 when it was last written for: seconds, late by 60 at most
+        s<number>                 when it was last written for: seconds since 1970
         live, dead, going         masks: alive; retired; retired before this round of the sweep
         at, gen, cursor           version; generation of the buckets; the sweep's next bucket
     <prefix>b:<generation><2 B>   HASH: one of 32,768 buckets, packed (ziplist, listpack)

@@ -5,6 +5,7 @@
 local number, ttl_s, most, depth, ids = tonumber(ARGV[1]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local refused = misshapen(ids) or refusal(ARGV[1], ARGV[2], ARGV[3])
 if refused then return refused end
+touch(number)   -- before all else: a server that is full refuses this, and nothing is half done
 call('EXPIRE', TABLE, 2 * ttl_s)
 
 local buckets = BUCKETS .. call('HGET', TABLE, 'gen')

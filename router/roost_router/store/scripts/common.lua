@@ -144,9 +144,14 @@ local function refusal(number, serial, fence)
   local holder = read_record(number)
   if not holder or holder.serial ~= serial then return {'GONE'} end
   if is_less(fence, holder.fence) then return {'FENCED', holder.fence} end
-  if fence ~= holder.fence or tonumber(call('TIME')[1]) >= number_in('s' .. number) + 60 then
+  if fence ~= holder.fence then
     holder.fence = fence
     write_record(number, holder)
   end
   return nil
+end
+
+-- This holder is written for now.
+local function touch(number)
+  call('HSET', TABLE, 's' .. number, call('TIME')[1])
 end

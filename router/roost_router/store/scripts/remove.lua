@@ -1,9 +1,11 @@
--- ARGV: number, serial, fence, ids of 8 bytes
+-- ARGV: number, serial, fence, seconds to live, ids of 8 bytes
 -- Replies OK, ids that this holder had, ids skipped for what lies in their bucket's place; or GONE; or FENCED, fence.
 
-local number, ids = tonumber(ARGV[1]), ARGV[4]
+local number, ids = tonumber(ARGV[1]), ARGV[5]
 local refused = misshapen(ids) or refusal(ARGV[1], ARGV[2], ARGV[3])
 if refused then return refused end
+call('EXPIRE', TABLE, 2 * ARGV[4])   -- first: after a write that needs no memory a full server takes all others
+touch(number)
 
 local buckets = BUCKETS .. call('HGET', TABLE, 'gen')
 local removed, skipped = 0, 0

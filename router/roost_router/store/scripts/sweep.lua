@@ -8,6 +8,7 @@ if not known[1] then return {'EMPTY'} end
 local buckets, cursor, dead = BUCKETS .. known[1], number_in('cursor'), known[2] or ''
 local going = known[3] or ''       -- of the dead those that were it when this round began
 local is_clean = is_empty(dead)
+call('EXPIRE', TABLE, 2 * ttl_s)   -- first: after a write that needs no memory a full server takes all others
 local seen, blocks, removed, freed, strange = 0, 0, 0, 0, 0
 
 local cleaned = {}                 -- values that were met: the same without the dead, '' for nobody
@@ -74,5 +75,4 @@ if cursor >= NUM_BUCKETS then
   call('HSET', TABLE, 'going', call('HGET', TABLE, 'dead'))
 end
 call('HSET', TABLE, 'cursor', cursor)
-call('EXPIRE', TABLE, 2 * ttl_s)
 return {'OK', cursor, seen, blocks, removed, freed, strange}
