@@ -429,6 +429,16 @@ def test_a_table_that_was_lost_begins_with_other_buckets(server: RedisServer) ->
     assert index.add(before, chain) == [b"GONE"]
 
 
+def test_epochs_are_told_apart_that_a_double_does_not(server: RedisServer) -> None:
+    index = Both(server)
+
+    index.open_holder(b"r", b"device", 2**63, 1)
+
+    assert index.open_holder(b"r", b"device", 2**63 + 1, 1)[0] == b"OK"
+    assert index.open_holder(b"r", b"device", 2**63, 1)[0] == b"FENCED"
+    index.check()
+
+
 def test_serials_grow_although_the_clock_went_back(server: RedisServer) -> None:
     index = Both(server)
     filled_one(index)
