@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import cycle
 
 import aiohttp
 
@@ -12,10 +14,13 @@ from roost_loadtest.prompts import conversation
 _ROW = "  {:<44} {:>7} {:>8} {:>8} {:>9}  {}"
 
 
-async def demonstrate(base_url: str, model: str, num_tokens: int = 2000) -> list[Measurement]:
+async def demonstrate(
+    base_urls: Sequence[str], model: str, num_tokens: int = 2000
+) -> list[Measurement]:
     """Send a long prompt cold, then warm, then another conversation; print what happened.
 
-    Returns the three measurements. Raises StreamError if one of them fails.
+    `base_urls`: of routers, which are asked in turn. Returns the three measurements. Raises
+    StreamError if one of them fails.
     """
     steps = (
         ("long prompt, first time", "library", "When does the archive open?"),
@@ -27,7 +32,7 @@ async def demonstrate(base_url: str, model: str, num_tokens: int = 2000) -> list
     measured: list[Measurement] = []
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        for title, name, question in steps:
+        for (title, name, question), base_url in zip(steps, cycle(base_urls), strict=False):
             messages = conversation(name, question, num_tokens)
             result = await stream_chat(session, base_url, model, messages, max_tokens=8)
             measured.append(result)

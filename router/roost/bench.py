@@ -15,7 +15,7 @@ async def run_bench_ttft(config: ClusterConfig, *, rounds: int, num_tokens: int)
     """Cold and warm TTFT on a cluster started for it. Raises ClusterError or StreamError."""
     async with Cluster(config, _progress) as cluster:
         await cluster.start()
-        await bench_ttft(cluster.base_url, cluster.model, rounds=rounds, num_tokens=num_tokens)
+        await bench_ttft(cluster.base_urls[0], cluster.model, rounds=rounds, num_tokens=num_tokens)
 
 
 def run_bench_schedule(*, rounds: int) -> None:

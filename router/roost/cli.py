@@ -407,6 +407,18 @@ main.add_command(top)
     default=2,
     help="Engine processes.",
 )
+@click.option(
+    "--routers",
+    "num_routers",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Router processes, on ports from --port and --admin-port on.",
+)
+@click.option(
+    "--redis",
+    is_flag=True,
+    help="Start a Redis, too, through which the routers share what they know.",
+)
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, help="Data port.")
 @click.option("--admin-port", type=click.IntRange(1, 65535), default=9000, help="Admin port.")

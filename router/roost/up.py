@@ -63,12 +63,12 @@ async def _serve(cluster: Cluster, progress: Progress, *, demo: bool, stay: bool
     async with cluster:
         try:
             await cluster.start()
-            base, admin = cluster.base_url, cluster.admin_url
+            base, admin = cluster.base_urls[0], cluster.admin_urls[0]
             sys.stdout.write(
                 _SNIPPET.format(base=base, admin=admin, model=cluster.model, question=_QUESTION)
             )
             if demo:
-                await demonstrate(base, cluster.model)
+                await demonstrate(cluster.base_urls, cluster.model)
             if stay:
                 sys.stdout.write("\nCtrl-C stops everything.\n")
                 sys.stdout.flush()
@@ -87,7 +87,8 @@ def _check_ports(config: ClusterConfig) -> None:
     try:
         if not config.insecure:
             check_open("--host", config.host)
-        for host, port in ((config.host, config.port), ("127.0.0.1", config.admin_port)):
-            bind(host, port).close()
+        for number in range(config.num_routers):
+            bind(config.host, config.port + number).close()
+            bind("127.0.0.1", config.admin_port + number).close()
     except ConfigError as error:
         raise ClusterError(str(error)) from None

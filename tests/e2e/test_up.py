@@ -94,6 +94,42 @@ def test_children_end_when_up_is_killed():
     until(lambda: not any(is_alive(child) for child in children))
 
 
+def two_routers(*options: str) -> subprocess.Popen[str]:
+    port = admin_port = free_port()
+    while abs(port - admin_port) < 2:  # each has two in a row
+        admin_port = free_port()
+    return start_up("--redis", "--routers", "2", *options, port=port, admin_port=admin_port)
+
+
+def test_two_routers_and_a_redis_act_as_one_router():
+    up = two_routers()
+    shown = read_until(up, "Ctrl-C stops everything")
+    children = children_of(up.pid)
+
+    rows = re.findall(r"(r\d) +(\d+) +(\d+) +([\d.]+) s", shown)
+    (home, _, cold_cached, _), (warm_home, _, warm_cached, _), *_ = rows
+    assert (home, cold_cached) == (warm_home, "0")  # the other router knew where it had been
+    assert int(warm_cached) > 1800
+    assert len(children) == 6  # two routers, two replicas, Redis, and who guards it
+
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=30)
+
+    assert up.returncode == 0
+    until(lambda: not any(is_alive(child) for child in children))
+
+
+def test_redis_ends_when_up_is_killed():
+    up = two_routers("--no-demo")
+    read_until(up, "Ctrl-C stops everything")
+    children = children_of(up.pid)
+
+    up.send_signal(signal.SIGKILL)
+    up.communicate(timeout=10)
+
+    until(lambda: not any(is_alive(child) for child in children))
+
+
 def test_interrupting_the_start_leaves_no_process():
     up = start_up(port=free_port(), admin_port=free_port())
     read_until(up, "starting 2 replicas")
