@@ -53,7 +53,7 @@ $(COMPILED)/.done: $(shell find router -name '*.py') .venv/.dev deploy/compile_r
 compiled: $(COMPILED)/.done ## Make build/compiled: the router as an install has it
 
 unit-compiled: $(COMPILED)/.done ## The router's unit tests once more, with that
-	@$(IN_COMPILED) $(TESTS) -n auto --dist worksteal -m "not interpreted" tests/router tests/wire
+	@$(IN_COMPILED) $(TESTS) -n auto --dist worksteal -m "not interpreted and not simulation" tests/router tests/wire
 
 model: setup-dev ## Tests of the engine with the real model
 	@$(TESTS) -m "model and not e2e"

@@ -170,7 +170,8 @@ class Placement:
         self.predicted_s: Final = interference(chosen) * self.work_tokens / speed
         #: Predicted; believed where the answer shows nothing before its end.
         self.prefilled_at: Final = now + self.work_tokens / speed
-        self.holder: Final = replica.holder  # epoch of the replica at decision time
+        self.holder: Final = replica.holder  # of the replica at decision time ...
+        self.epoch: Final = replica.epoch  # ... while this is its epoch
         self.chain: Final = fields.chain
         self.matched_blocks: Final = matched_blocks  # expected ones included
         self.matched_stamps: Final = matched_stamps  # of those that were held, before this
@@ -415,7 +416,7 @@ class Placer:
         self._running[replica.name].add(stamp)
         if self.told is not None:
             self.told.settled(replica.name, stamp, now)
-        if placement.holder == replica.holder and placement.chain:
+        if placement.epoch == replica.epoch and placement.chain:
             self.index.add(placement.holder, placement.chain, stamp)
             if self.journal is not None:
                 self.journal.touched(replica, stamp, placement.chain)
@@ -450,7 +451,7 @@ class Placer:
             self.told.compare(placement.model, placement.replica, counted, prompt_tokens)
         if cached_tokens is not None and 0 <= cached_tokens <= prompt_tokens:
             self._observe_ttft(placement, prompt_tokens - cached_tokens)
-            is_same = placement.holder == placement.replica.holder
+            is_same = placement.epoch == placement.replica.epoch
             if placement.matched_blocks and is_same and not placement.was_told:
                 self._learn_kept(placement, cached_tokens, density)
             if placement.unseen_kind is not None and not placement.was_told:
@@ -573,7 +574,7 @@ class Placer:
         """What a request computed may be had by the next one from now on; see fleet/kept.py."""
         replica, index = placement.replica, self.index
         holder = replica.ended_holder
-        if holder is None or placement.first_byte_at is None or placement.holder != replica.holder:
+        if holder is None or placement.first_byte_at is None or placement.epoch != replica.epoch:
             return
         index.add(holder, placement.chain, self._stamps.next(now))
         index.trim(holder)
@@ -596,7 +597,7 @@ class Placer:
             return
         if self.journal is not None:
             self.journal.settled(placement.number, replica)
-        if placement.holder == replica.holder:
+        if placement.epoch == replica.epoch:
             num_held = len(placement.matched_stamps)
             self.index.unexpect(placement.holder, placement.chain, num_held)
 
@@ -606,7 +607,7 @@ class Placer:
         `density`: bytes a token of this prompt as a whole.
         """
         replica = placement.replica
-        if placement.holder != replica.holder:
+        if placement.epoch != replica.epoch:
             return
         densest = _DENSITY_SLACK * max(density, self.fleet.bytes_per_token(placement.model))
         cached_bytes = int(cached_tokens * densest) + _TOLERANCE_BYTES

@@ -192,6 +192,7 @@ class Fleet:
         if replica.ended_holder is not None:
             self._index.retire(replica.ended_holder)
         replica.holder, replica.ended_holder = NO_HOLDER, None
+        replica.epoch += 1
         for watcher in reversed(self._watchers):
             watcher.gone(replica)
 
@@ -413,6 +414,7 @@ class Fleet:
     def _new_epoch(self, replica: Replica) -> None:
         self._index.retire(replica.holder)
         replica.holder = self._index.open_holder(self._capacity_bytes(replica))
+        replica.epoch += 1
         if replica.ended_holder is not None:
             self._index.retire(replica.ended_holder)
             replica.ended_holder = None

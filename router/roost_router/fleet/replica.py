@@ -77,6 +77,7 @@ class Replica:
         self.url = url
         self.salt = salt(url)
         self.holder = holder  # its current epoch in the prefix index
+        self.epoch = 0  # how many there were before; numbers of holders come back
         self.state = ReplicaState.JOINING
         self.membership = Membership.MEMBER
         self.models: tuple[str, ...] = ()

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from roost_router.fleet.fleet import NO_HOLDER
 from roost_router.fleet.replica import Membership
 from roost_router.index.prefix_index import Floor, Touch
 from roost_router.shared import news
@@ -46,7 +45,7 @@ class _Peer:
         self.next_number = number
         self.heard_at = now
         self.loads: dict[str, news.Load] = {}  # by replica
-        #: By request: the replica, its holder, the chain, and how much was held there.
+        #: By request: the replica, its epoch, the chain, and how much was held there.
         self.expected: dict[int, tuple[Replica, int, list[int], int]] = {}
 
 
@@ -170,14 +169,14 @@ class Hearing:
             return
         num_held = self._index.num_held(holder, chain, len(chain))
         self._index.expect(holder, chain, num_held)
-        peer.expected[one.request] = replica, holder, chain, num_held
+        peer.expected[one.request] = replica, replica.epoch, chain, num_held
 
     def _settle(self, peer: _Peer, request: int) -> None:
         entry = peer.expected.pop(request, None)
         if entry is not None:
-            replica, holder, chain, num_held = entry
-            if replica.holder == holder != NO_HOLDER:
-                self._index.unexpect(holder, chain, num_held)
+            replica, epoch, chain, num_held = entry
+            if replica.epoch == epoch:
+                self._index.unexpect(replica.holder, chain, num_held)
 
     def _settle_all(self, peer: _Peer) -> None:
         for request in list(peer.expected):

@@ -34,12 +34,12 @@ def _nobody() -> None:
 class _Epoch(NamedTuple):
     """One process of a replica."""
 
-    holder: int
+    number: int
     start: float | None
 
 
 def _epoch(replica: Replica) -> _Epoch:
-    return _Epoch(replica.holder, replica.started_at)
+    return _Epoch(replica.epoch, replica.started_at)
 
 
 class Journal:
