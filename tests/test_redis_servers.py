@@ -14,6 +14,8 @@ import redis_servers
 from redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 
 SUPPORT = Path(__file__).parent / "support"
+pytestmark = pytest.mark.e2e
+
 ABANDON = """
 from redis_servers import RedisServer
 print(RedisServer().__enter__().pid, flush=True)

@@ -30,6 +30,8 @@ from roost_router.store.leases import Leases
 from roost_router.store.masks import MAX_BLOCKS, bucket_blocks, levels, mask_of, thinned
 from roost_wire.kv_events import Tier
 
+pytestmark = pytest.mark.e2e
+
 PREFIX = b"roost:{1a2b3c4d}:"
 DOCUMENT = Path(__file__).parents[2] / "docs/redis.md"
 

@@ -16,6 +16,8 @@ from tcp_proxy import TcpProxy
 from roost_router.store.client import Store
 from roost_router.store.errors import StoreError, StoreFault
 
+pytestmark = pytest.mark.e2e
+
 KEY = b"roost:{t}:news"
 ONE = Lua("return redis.call('INCR', KEYS[1])")
 AWAY = {StoreFault.DOWN, StoreFault.LATE}

@@ -13,6 +13,8 @@ from stores import Lua, Told, fault_of, open_store, until, until_works
 from roost_router.store.client import Store
 from roost_router.store.errors import StoreError, StoreFault
 
+pytestmark = pytest.mark.e2e
+
 KEY = b"roost:{t}:news"
 COUNT = Lua("return redis.call('INCR', KEYS[1])")
 

@@ -140,7 +140,7 @@ class IndexTwin:
                 skipped += 1
             elif name in bucket:
                 after = _changed(bucket[name], ~(1 << number))
-                removed += after != bucket[name]
+                removed += not after or after != bucket[name]
                 self._put(key, bucket, name, after)
         return [b"OK", removed, skipped]
 
