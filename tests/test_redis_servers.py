@@ -10,14 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import redis_servers
-from redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
+
+from roost_loadtest import redis_servers
+from roost_loadtest.redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 
 SUPPORT = Path(__file__).parent / "support"
 pytestmark = pytest.mark.e2e
 
 ABANDON = """
-from redis_servers import RedisServer
+from roost_loadtest.redis_servers import RedisServer
 print(RedisServer().__enter__().pid, flush=True)
 input()
 """

@@ -8,7 +8,6 @@ from random import Random
 from typing import Any
 
 import pytest
-from redis_servers import RedisServer, binary
 
 from roost_loadtest.bench_redis import (
     LENGTHS,
@@ -19,6 +18,7 @@ from roost_loadtest.bench_redis import (
     report,
 )
 from roost_loadtest.bench_redis_layouts import Bits, Command, Layout, LlmD, OldSglang, Ours
+from roost_loadtest.redis_servers import RedisServer, binary
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis import ResponseError
-from redis_servers import VERSIONS, RedisServer
 from redis_twins import NUM_BUCKETS, HolderTwin, IndexTwin, pack, text
 
+from roost_loadtest.redis_servers import VERSIONS, RedisServer
 from roost_router.store import scripts
 from roost_router.store.scripts import Script
 

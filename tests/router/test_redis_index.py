@@ -10,9 +10,9 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 from redis_twins import LeasesTwin, pack
 
+from roost_loadtest.redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 from roost_router.store import scripts
 from roost_router.store.address import parse_address
 from roost_router.store.client import Store

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from asking import PROMPT, complete, get, until
-from redis_servers import RedisServer
+
+from roost_loadtest.redis_servers import RedisServer
 
 SECRET = "a secret that is thirty-two bytes"
 

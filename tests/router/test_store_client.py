@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import trustme
-from redis_servers import VERSIONS, RedisServer
 from stores import PROBE, Lua, Told, fault_of, open_store, until, until_works
-from tcp_proxy import TcpProxy
 
+from roost_loadtest.redis_servers import VERSIONS, RedisServer
+from roost_loadtest.tcp_proxy import TcpProxy
 from roost_router.store import connection as connection_module
 from roost_router.store.address import AddressError, parse_address
 from roost_router.store.client import COMMANDS, Store

@@ -9,10 +9,10 @@ from random import Random
 
 import pytest
 import redis
-from redis_servers import VERSIONS, RedisServer
 from stores import Lua, Told, fault_of, open_store, until, until_works
-from tcp_proxy import TcpProxy
 
+from roost_loadtest.redis_servers import VERSIONS, RedisServer
+from roost_loadtest.tcp_proxy import TcpProxy
 from roost_router.store.client import Store
 from roost_router.store.errors import StoreError, StoreFault
 

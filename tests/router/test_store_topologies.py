@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
-from redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 from stores import Lua, Told, fault_of, open_store, until, until_works
 
+from roost_loadtest.redis_servers import VERSIONS, RedisCluster, RedisSentinels, RedisServer
 from roost_router.store.client import Store
 from roost_router.store.errors import StoreError, StoreFault
 

@@ -1,6 +1,6 @@
 """A TCP proxy before a server: slow, silent or cutting as told; ends TLS if it is to.
 
-In a thread with a loop of its own, so that it goes on while a test's loop is busy or blocked.
+In a thread with a loop of its own, so that it goes on while its owner's loop is busy or blocked.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TcpProxy:
             with contextlib.suppress(OSError):
                 while data := await source.read(1 << 16):
                     await asyncio.sleep(self.delay_s)
-                    while self.is_silent:
+                    while self.is_silent:  # noqa: ASYNC110 - set from another thread
                         await asyncio.sleep(0.01)
                     sink.write(data)
                     await sink.drain()

