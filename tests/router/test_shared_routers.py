@@ -9,6 +9,7 @@ import pytest
 from asking import PROMPT, complete, get, until
 
 from roost_loadtest.redis_servers import RedisServer
+from roost_router.store import link
 
 SECRET = "a secret that is thirty-two bytes"
 
@@ -179,6 +180,88 @@ async def test_poisoned_news_are_left_out(start_router, replicas, sharing, serve
     late = await start_router(*replicas, **sharing)
     assert await complete(router) == 200
     await until(lambda: holders(late) == holders(router) != set())
+
+
+async def shares(one, other, prompt: str) -> None:
+    """Wait until what one places is known to the other."""
+    await until(lambda: one.link.is_sharing and other.link.is_sharing)
+    await complete(one, prompt=prompt * 200)
+    await until(lambda: views(one) == views(other))
+
+
+@pytest.mark.parametrize("name", ["news", "leases"])
+@pytest.mark.parametrize("kind", ["a string", "a list"])
+async def test_keys_of_other_types_do_not_end_the_sharing(
+    start_router, replicas, sharing, server, name, kind
+):
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    await shares(one, other, "before")
+    key = one.link._news_key.replace(b"news", name.encode())
+    right = b"stream" if name == "news" else b"hash"
+    await until(lambda: server.client.type(key) == right)
+    server.client.delete(key)
+    if kind == "a string":
+        server.client.set(key, "poison")
+    else:
+        server.client.rpush(key, "poison")
+
+    await until(lambda: server.client.type(key) == right)
+    await shares(one, other, "after")
+
+
+async def test_an_entry_of_the_future_is_got_over(start_router, replicas, sharing, server):
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    await shares(one, other, "before")
+    key = one.link._news_key
+    server.client.xadd(key, {"b": "poison"}, id="4000000000000000-0")
+    await until(lambda: one.link.num_void and other.link.num_void)
+    await shares(one, other, "meanwhile")
+
+    server.client.delete(key)
+
+    await until(lambda: one.link._position < b"4" and other.link._position < b"4")
+    await shares(one, other, "after")
+
+
+async def test_news_that_no_more_fit_into_their_stream(start_router, replicas, sharing, server):
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    last = 2**64 - 1
+    server.client.xadd(one.link._news_key, {"b": "poison"}, id=f"{last}-{last}")
+
+    await until(lambda: b"-" in one.link._end and int(one.link._end.split(b"-")[0]) < last)
+    await shares(one, other, "after")
+
+
+async def test_a_stream_whose_time_stands_still_is_not_kept(
+    start_router, replicas, sharing, server, monkeypatch
+):
+    """Nothing in it would ever be trimmed."""
+    one = await start_router(*replicas, **sharing)
+    other = await start_router(*replicas, **sharing)
+    monkeypatch.setattr(link, "KEPT_S", 0.6)
+    key, future = one.link._news_key, b"4000000000000000-0"
+    server.client.xadd(key, {"b": "poison"}, id=future)
+
+    await until(lambda: one.link._end > future)
+    await until(lambda: one.link._end < future and one.link._position < future)
+    await shares(one, other, "after")
+
+
+async def test_snapshots_that_were_lost_are_written_again(
+    start_router, replicas, sharing, server, monkeypatch
+):
+    one = await start_router(*replicas, **sharing)
+    await complete(one)
+    keys = [one.link._snapshot_key(fake.url) for fake in replicas]
+    await until(lambda: server.client.exists(*keys) == 2)
+    monkeypatch.setattr(link, "KEPT_S", 0.6)
+
+    server.client.flushall()
+
+    await until(lambda: server.client.exists(*keys) == 2)
 
 
 async def test_metrics_tell_of_the_store(start_router, replicas, sharing):

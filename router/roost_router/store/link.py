@@ -7,7 +7,7 @@
 A router that starts reads the snapshots, then the news since. Whenever the store is away, or what
 was sent may not have arrived, the journal is closed: the router goes on alone, with what it knows,
 and the others void its reservations, as it does theirs. Back again, it reads snapshots anew, for it
-may have missed news, and tells whole views.
+may have missed news, and tells whole views. Keys that hold what no router wrote are removed.
 
 Not here: what news mean (shared/), how Redis is reached (client.py).
 """
@@ -54,6 +54,10 @@ _READ_BUDGET_S: Final = 2.0
 _WAIT_S: Final = 1.0
 _MOST_ENTRIES: Final = 256
 _FIRST: Final = b"0-0"
+#: Milliseconds by which what was told may be older than what was heard: replies that overtake.
+_OVERTAKEN_MS: Final = 1000
+#: What Redis says of keys that it will never let us use.
+_HOPELESS: Final = ("WRONGTYPE", "exhausted the last possible ID")
 _log = logging.getLogger(__name__)
 
 
@@ -90,6 +94,7 @@ class Link:
         self._seal: Final = Seal(secret.seal_key)
         self._position = _FIRST  # of the last entry that was heard
         self._end = _FIRST  # of the last that was told
+        self._grew_at = clock()  # when that had a later time than the one before
         self._tasks: list[asyncio.Task[None]] = []
         self._has_news = asyncio.Event()
         self._is_caught_up = asyncio.Event()
@@ -147,6 +152,8 @@ class Link:
                 await work()  # type: ignore[misc]
             except StoreError as error:
                 self._lost(error)
+                if any(words in str(error) for words in _HOPELESS):
+                    await self._remove()
                 await asyncio.sleep(FLUSH_S if self.store.is_up else BEAT_S / 2)
             except Exception:  # noqa: BLE001
                 # A defect of ours must not end the sharing for good, and never the routing.
@@ -163,6 +170,14 @@ class Link:
         self._journal.close()
         self.hearing.forget()
         self._sent.clear()
+
+    async def _remove(self) -> None:
+        """Whatever is there instead of news and leases: no call would ever do away with it.
+
+        Good news that go with it are missed, which those who hear make up for.
+        """
+        with contextlib.suppress(StoreError):
+            await self.store.delete([self._news_key, self._prefix + b"leases"])
 
     async def _tell(self) -> None:
         await self._is_caught_up.wait()
@@ -187,8 +202,24 @@ class Link:
         sealed = self._seal.close(news.pack(batch), self._news_key)
         milliseconds = max(0, _order(self._end)[0] - int(KEPT_S * 1e3))  # by the server's clock
         oldest = b"%d-0" % milliseconds
-        self._end = await self.store.append(self._news_key, sealed, oldest, _TELL_BUDGET_S)
+        end = await self.store.append(self._news_key, sealed, oldest, _TELL_BUDGET_S)
         self.num_sent += 1
+        await self._judge(end, now)
+        self._end = end
+
+    async def _judge(self, end: bytes, now: float) -> None:
+        """See whether ids are times still: an entry of the future ends hearing, and trimming.
+
+        Raises StoreError where the stream is not the one that was heard.
+        """
+        if _order(end)[0] > _order(self._end)[0]:
+            self._grew_at = now
+        elif now - self._grew_at > KEPT_S:
+            self._grew_at = now
+            await self._remove()
+        if _order(end)[0] + _OVERTAKEN_MS < _order(self._position)[0]:
+            self._end = end
+            raise StoreError(StoreFault.NONSENSE, "the news have begun anew")
 
     async def _hear(self) -> None:
         if not self._is_caught_up.is_set():
@@ -209,6 +240,8 @@ class Link:
         """Read the snapshots, then all news since the oldest of them."""
         end = await self.store.last_id(self._news_key, _READ_BUDGET_S)
         position = await self._read_snapshots()
+        if _order(position) > _order(end):  # of a stream that is no more
+            position = _FIRST
         while _order(position) < _order(end):
             entries = await self.store.read_range(
                 self._news_key, b"(" + position, _MOST_ENTRIES, _READ_BUDGET_S
@@ -290,12 +323,14 @@ class Link:
                 await self._write_snapshot(replica, written_before)
 
     async def _write_snapshot(self, replica: Replica, written_before: float) -> None:
-        """Write down what is believed of a replica, if that is not what was written last."""
+        """Write down what is believed of a replica, if that is not what was written lately."""
         now, index, holder = self._clock(), self._index, replica.holder
         state = holder, index.newest(holder), index.num_blocks(holder)
         written = self._written.get(replica.url)
-        if written is not None and (written.state == state or written.at > written_before):
-            return
+        if written is not None and (
+            written.at > written_before or (written.state == state and now - written.at < KEPT_S)
+        ):
+            return  # what is unchanged may have been lost, or expire
         batch, key = self._journal.snapshot(replica, index), self._snapshot_key(replica.url)
         value = self._position + b" " + self._seal.close(news.pack(batch), key)
         await self._send(beat=False)  # nothing is written down that was not told
