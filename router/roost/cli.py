@@ -14,6 +14,7 @@ from roost.bench_cli import bench
 from roost.cli_parts import FILE, PORT, TOKENIZER, WEIGHTS, needing_engine
 from roost.doctor_cli import doctor
 from roost.explain_cli import explain
+from roost.register_cli import register
 from roost.sim_cli import sim
 from roost.text_table import table
 from roost.top_cli import top
@@ -66,6 +67,9 @@ def main(verbose: bool) -> None:
     metavar="NAMESPACE/SERVICE[:PORT]",
     help="A replica at each endpoint of the service, watched from inside a pod. PORT is a name or "
     "a number. Repeat for each.",
+)
+@click.option(
+    "--replicas-redis", is_flag=True, help="Those that `roost register` tells of, at --redis."
 )
 @click.option("--host", default="127.0.0.1", help="Data port's address.")
 @click.option("--port", type=PORT, default=8000, help="Data port: clients come here; 0: any.")
@@ -394,6 +398,7 @@ def tokenizer(model: str, folder: Path) -> None:
 main.add_command(bench)
 main.add_command(doctor)
 main.add_command(explain)
+main.add_command(register)
 main.add_command(sim)
 main.add_command(top)
 

@@ -45,7 +45,9 @@ from roost_router.tokens.service import TokenizerStartError
 from roost_router.told_residency import ToldResidency
 
 if TYPE_CHECKING:
+    from roost_router.discovery.source import Source
     from roost_router.store.link import Link
+    from roost_router.store.sharing import Cluster
 
 #: A start waits so long for what other routers know.
 _CATCH_UP_S = 1.0
@@ -100,7 +102,8 @@ class Router:
         metrics.watch(placer)
         self.service = DataService(config, placer, metrics, time.monotonic, Random())
         self._admin = AdminService(self.service, self.service.access, config)
-        self.discovery = Discovery(placer.fleet, make_sources(config, Random()), time.monotonic)
+        self._cluster = self._open_cluster()
+        self.discovery = Discovery(placer.fleet, self._make_sources(), time.monotonic)
         self.service.discovery = self.discovery
         metrics.watch_discovery(self.discovery.status, time.monotonic)
         self._discovering: asyncio.Task[None] | None = None
@@ -125,6 +128,8 @@ class Router:
             # A socket that another process opened may be one that other machines reach.
             config.check_hosts(data.getsockname()[0], admin.getsockname()[0])
             await self._begin_following()
+            if self._cluster is not None:
+                await self._cluster.store.start()
             data.listen(BACKLOG)
             await self._admin.listen(admin)
             self._discovering = asyncio.create_task(self.discovery.run())
@@ -155,19 +160,37 @@ class Router:
         await asyncio.wait({asked, self.poller}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
 
-    def _make_link(self) -> Link | None:
-        """What tells other routers, and hears them."""
-        if self.placer.journal is None:
+    def _open_cluster(self) -> Cluster | None:
+        """The store that routers share."""
+        if self._config.redis is None:
             return None
         try:
-            from roost_router.store.sharing import make_link  # noqa: PLC0415 - an extra's
+            from roost_router.store.sharing import cluster_of  # noqa: PLC0415 - an extra's
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"--redis needs more packages ({error.name}): pip install 'roost[redis]'"
             ) from None
-        link = make_link(self._config, self.placer, time.monotonic)
+        return cluster_of(self._config)
+
+    def _make_link(self) -> Link | None:
+        """What tells other routers, and hears them."""
+        if self._cluster is None:
+            return None
+        from roost_router.store.sharing import make_link  # noqa: PLC0415 - an extra's
+
+        link = make_link(self._cluster, self.placer, time.monotonic)
         self.service.metrics.watch_store(link)
         return link
+
+    def _make_sources(self) -> list[Source]:
+        """Where replicas are found."""
+        sources = make_sources(self._config, Random())
+        if self._cluster is not None and self._config.replicas_redis:
+            from roost_router.discovery.registry import RegistrySource  # noqa: PLC0415
+            from roost_router.store.members import Members  # noqa: PLC0415
+
+            sources.append(RegistrySource(Members(*self._cluster), time.monotonic))
+        return sources
 
     def _kv_parts(self) -> tuple[PromptTokens | None, KvFollower | None]:
         """What follows KV events and tokenises prompts."""
@@ -231,6 +254,8 @@ class Router:
                     await task
         if self._tokens is not None:
             await self._tokens.stop()
+        if self._cluster is not None:
+            await self._cluster.store.close()
         await self._admin.close()
 
 

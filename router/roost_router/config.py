@@ -26,6 +26,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     replicas_file: Path | None = None  # lists more; discovery/file.py
     replicas_dns: tuple[str, ...] = ()  # URLs whose names have the replicas' addresses
     replicas_kubernetes: tuple[str, ...] = ()  # services: NAMESPACE/SERVICE[:PORT]
+    replicas_redis: bool = False  # those that `roost register` tells of in the store
     host: str = "127.0.0.1"  # data port: clients
     port: int = 8000
     admin_host: str = "127.0.0.1"  # admin port: metrics, health; never on the data port
@@ -71,7 +72,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not self.replicas and not self.discovers:
             raise ConfigError(
                 "no replica given: pass its URL, or where replicas are found: --replicas-file, "
-                "--replicas-dns, --replicas-kubernetes"
+                "--replicas-dns, --replicas-kubernetes, --replicas-redis"
             )
         for url in (*self.replicas, *self.replicas_dns):
             try:
@@ -97,12 +98,19 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.redis is None and (self.redis_secret_file or self.redis_password_file):
             raise ConfigError("--redis-secret-file and --redis-password-file are for --redis")
+        if self.redis is None and self.replicas_redis:
+            raise ConfigError("--replicas-redis needs --redis, where they register")
         self.check_hosts(self.host, self.admin_host)
 
     @property
     def discovers(self) -> bool:
         """Whether replicas are found elsewhere than among the options."""
-        return bool(self.replicas_file or self.replicas_dns or self.replicas_kubernetes)
+        return bool(
+            self.replicas_file
+            or self.replicas_dns
+            or self.replicas_kubernetes
+            or self.replicas_redis
+        )
 
     def _check_discovery(self) -> None:
         for url in self.replicas_dns:

@@ -9,7 +9,8 @@ was sent may not have arrived, the journal is closed: the router goes on alone, 
 and the others void its reservations, as it does theirs. Back again, it reads snapshots anew, for it
 may have missed news, and tells whole views. Keys that hold what no router wrote are removed.
 
-Not here: what news mean (shared/), how Redis is reached (client.py).
+Not here: what news mean (shared/), how Redis is reached (client.py). The store is started and
+closed by whoever made it (app.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,6 @@ class Link:
         """Begin; return when what others know is known here, or after `wait_s`."""
         self._fleet.watch(self)
         self._journal.call(self._has_news.set)
-        await self.store.start()
         for work in (self._tell, self._hear, self._feed):
             self._tasks.append(asyncio.create_task(self._ever(work)))
         with contextlib.suppress(TimeoutError):
@@ -143,7 +143,6 @@ class Link:
                 await self._write_snapshots(inf)
             await self._leases.release()
         self._journal.close()
-        await self.store.close()
 
     async def _ever(self, work: Callable[[], object]) -> None:
         """Do it again and again; a store that is away is waited for."""

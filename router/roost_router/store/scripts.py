@@ -9,6 +9,7 @@
     <prefix>b:<generation><2 B>   HASH: one of 32,768 buckets, packed (ziplist, listpack)
         6 bytes of an id          1 header byte, 16 * skip + depth class; mask of holders
     <prefix>leases, <prefix>router:<id>      see scripts/lease.lua
+    <prefix>members                          see scripts/register.lua
 
 A *holder* is one epoch of one replica in one tier; its *number* is a bit in masks. A mask is
 little-endian, without its first 4 * skip bytes and without trailing bytes, all of them zero: one
@@ -37,7 +38,8 @@ Invariants:
 - Each call's work is bounded by its arguments: index.py makes them small.
 - One key is declared; the others share its hash tag, hence its slot in a cluster.
 
-Not here: who calls (index.py, leases.py), how (client.py), where ids come from (secret.py).
+Not here: who calls (index.py, leases.py, members.py), how (client.py), where ids come from
+(secret.py).
 """
 
 from __future__ import annotations
@@ -74,6 +76,9 @@ LOOKUP: Final = _script("lookup", "common")
 SWEEP: Final = _script("sweep", "common")
 LEASE: Final = _script("lease")
 RELEASE: Final = _script("release")
+REGISTER: Final = _script("register")
+LIST_MEMBERS: Final = _script("list_members")
 ALL: Final = (
     OPEN_HOLDER, RETIRE_HOLDER, LIST_HOLDERS, ADD, REMOVE, LOOKUP, SWEEP, LEASE, RELEASE,
+    REGISTER, LIST_MEMBERS,
 )  # fmt: skip

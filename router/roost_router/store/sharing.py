@@ -1,10 +1,11 @@
-"""Builds what connects a router with the others: its store, feeders, link. Holds no choices."""
+"""Builds what connects a router with the others: store, secret, link. Holds no choices."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from roost_router.config import ConfigError, RouterConfig
 from roost_router.placement import Placer
@@ -18,24 +19,47 @@ from roost_router.store.secret import ClusterSecret, SecretError
 _log = logging.getLogger(__name__)
 
 
-def make_link(config: RouterConfig, placer: Placer, clock: Callable[[], float]) -> Link:
-    """The link of a router with `config.redis`. Raises ConfigError."""
-    journal = placer.journal
-    assert journal is not None
-    assert config.redis is not None
-    assert config.redis_secret_file is not None
+class Cluster(NamedTuple):
+    """Where routers meet, and what they have in common."""
+
+    store: Store
+    secret: ClusterSecret
+
+
+def open_cluster(
+    url: str, secret_file: Path, password_file: Path | None, ca_file: Path | None
+) -> Cluster:
+    """The store that the options name, not started yet. Raises ConfigError."""
     password = ""
-    if config.redis_password_file is not None:
-        password = _read(config.redis_password_file).decode("utf-8", "replace").strip()
-    ca_file = "" if config.redis_ca_file is None else str(config.redis_ca_file)
+    if password_file is not None:
+        password = _read(password_file).decode("utf-8", "replace").strip()
     try:
-        address = parse_address(config.redis, password=password, ca_file=ca_file)
-        secret = ClusterSecret(_read(config.redis_secret_file).strip())
+        address = parse_address(
+            url, password=password, ca_file="" if ca_file is None else str(ca_file)
+        )
+        secret = ClusterSecret(_read(secret_file).strip())
         store = Store(address, _log_change, probe_key=secret.prefix + b"probe")
     except AddressError as error:
         raise ConfigError(str(error)) from None
     except SecretError as error:
-        raise ConfigError(f"{config.redis_secret_file}: {error}") from None
+        raise ConfigError(f"{secret_file}: {error}") from None
+    return Cluster(store, secret)
+
+
+def cluster_of(config: RouterConfig) -> Cluster:
+    """Of a router with `config.redis`. Raises ConfigError."""
+    assert config.redis is not None
+    assert config.redis_secret_file is not None
+    return open_cluster(
+        config.redis, config.redis_secret_file, config.redis_password_file, config.redis_ca_file
+    )
+
+
+def make_link(cluster: Cluster, placer: Placer, clock: Callable[[], float]) -> Link:
+    """The link of a router that has a journal."""
+    journal = placer.journal
+    assert journal is not None
+    store, secret = cluster
     hearing = Hearing(placer.fleet, placer.index, journal.router, journal.stamps)
     leases = Leases(store, secret.prefix, b"%d" % journal.router)
     return Link(store, leases, secret, placer.fleet, placer.index, journal, hearing, clock)
@@ -45,7 +69,7 @@ def _log_change(is_up: bool, why: str) -> None:
     if is_up:
         _log.info("the store is there")
     else:
-        _log.warning("routing goes on without the store: %s", why)
+        _log.warning("the store is away: %s", why)
 
 
 def _read(path: Path) -> bytes:
