@@ -14,6 +14,7 @@ from roost.bench_cli import bench
 from roost.cli_parts import FILE, PORT, TOKENIZER, WEIGHTS, needing_engine
 from roost.doctor_cli import doctor
 from roost.explain_cli import explain
+from roost.keys_cli import keys
 from roost.register_cli import register
 from roost.sim_cli import sim
 from roost.text_table import table
@@ -184,6 +185,12 @@ def main(verbose: bool) -> None:
     "--api-keys-file",
     type=FILE,
     help="Clients need one of these keys; made by `roost keys new`, read again on SIGHUP.",
+)
+@click.option(
+    "--api-keys-redis",
+    is_flag=True,
+    help="Clients need one of the keys that `roost keys publish` has put into --redis, or of that "
+    "file. Until they were read nobody comes in.",
 )
 @click.option(
     "--admin-keys-file", type=FILE, help="Likewise for the admin port, but for /health and /ready."
@@ -398,6 +405,7 @@ def tokenizer(model: str, folder: Path) -> None:
 main.add_command(bench)
 main.add_command(doctor)
 main.add_command(explain)
+main.add_command(keys)
 main.add_command(register)
 main.add_command(sim)
 main.add_command(top)
@@ -449,26 +457,3 @@ def up(context: click.Context, /, demo: bool, stay: bool, **options: Any) -> Non
         asyncio.run(run_up(config, demo=demo, stay=stay))
     except ClusterError as error:
         raise click.ClickException(str(error)) from None
-
-
-@main.group()
-def keys() -> None:
-    """API keys of a router: only their hashes are kept."""
-
-
-@keys.command("new")
-@click.option("--name", default="", help="Whose key it is; logs call it so.")
-def new_key(name: str) -> None:
-    """Make a key: shown once, on the first line; the second line goes into the file of keys.
-
-    Example: roost keys new --name alice | tee /dev/stderr | tail -n 1 >>keys.txt
-    """
-    import secrets
-
-    from roost_router.keys import KEY_BYTES, make_key
-
-    if name and (name.split() != [name] or not name.isprintable()):
-        raise click.ClickException("a name has no spaces and no control characters")
-    key, stored = make_key(secrets.token_bytes(KEY_BYTES))
-    click.echo(key)
-    click.echo(f"{stored} {name}".rstrip())

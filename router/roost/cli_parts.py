@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
 
 PORT = click.IntRange(0, 65535)
 WEIGHTS = click.Choice(["stored", "float32", "bfloat16"])
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 NEW_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+def redis_options(command: _Command) -> _Command:
+    """Where the routers' store is, for commands that are no routers."""
+    for option in (
+        click.option("--redis-ca-file", type=FILE, help="Certificates to trust, with rediss://."),
+        click.option("--redis-password-file", type=FILE, help="Holds the password of Redis."),
+        click.option(
+            "--redis-secret-file", type=FILE, required=True, help="The routers' common secret."
+        ),
+        click.option(
+            "--redis", "redis_url", required=True, metavar="URL", help="As of `roost route`."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 class _Tokenizer(click.ParamType[tuple[str, Path]]):

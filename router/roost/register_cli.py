@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from roost.cli_parts import FILE, needing_redis
+from roost.cli_parts import needing_redis, redis_options
 
 if TYPE_CHECKING:
     from roost_router.store.sharing import Cluster
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--redis", "redis_url", required=True, metavar="URL", help="As of `roost route`.")
-@click.option("--redis-secret-file", type=FILE, required=True, help="As of `roost route`.")
-@click.option("--redis-password-file", type=FILE, help="Holds the password of Redis.")
-@click.option("--redis-ca-file", type=FILE, help="Certificates to trust, with rediss://.")
+@redis_options
 @click.option(
     "--life",
     "life_s",

@@ -1,7 +1,10 @@
-"""The files of keys as this process uses them: read at the start, read again on SIGHUP.
+"""Keys as this process uses them: of files, read at the start and on SIGHUP, and of the store.
 
 Reading again changes all or nothing: a file that cannot be used is logged and the keys stay what
 they were, so that a slip in an editor locks nobody out and lets nobody in.
+
+With `--api-keys-redis` clients' keys are those of the file, if one is given, and those that the
+store was last known to have: none at first.
 """
 
 from __future__ import annotations
@@ -23,11 +26,22 @@ class Access:
     def __init__(self, config: RouterConfig) -> None:
         """Read all files of `config`. Raises ConfigError: file and line, never a key."""
         self._config = config
-        self.version = 0  # grows whenever the files were read
+        self.version = 0  # grows whenever keys may have changed
         self.api_keys: KeyRing | None
         self.admin_keys: KeyRing | None
         self.replica_key: str | None
+        self._published: KeyRing | None = None
         self._read()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all keys of clients are known: False until the store was read."""
+        return self._published is not None or not self._config.api_keys_redis
+
+    def published(self, keys: KeyRing) -> None:
+        """The store has other keys now."""
+        self._published = keys
+        self._join()
 
     def replica_authorization(self) -> str | None:
         """Value of the Authorization header of the router's own requests to replicas."""
@@ -46,7 +60,14 @@ class Access:
         config = self._config
         api_keys, admin_keys = _keys(config.api_keys_file), _keys(config.admin_keys_file)
         self.replica_key = _replica_key(config.replica_key_file)
-        self.api_keys, self.admin_keys = api_keys, admin_keys
+        self._file_keys, self.admin_keys = api_keys, admin_keys
+        self._join()
+
+    def _join(self) -> None:
+        self.api_keys = self._file_keys
+        if self._config.api_keys_redis:
+            nobody = KeyRing({})
+            self.api_keys = (self._file_keys or nobody).with_those_of(self._published or nobody)
         self.version += 1
 
 

@@ -193,7 +193,7 @@ class AdminService:
     def _ready(self) -> _Page:
         service = self._service
         up = [replica.name for replica in service.placer.fleet.replicas if replica.is_open]
-        is_ready = bool(up) and not service.is_draining
+        is_ready = bool(up) and not service.is_draining and service.access.is_complete
         body = {"ready": is_ready, "draining": service.is_draining, "replicas_up": up}
         return _Page(msgspec.json.encode(body), status=200 if is_ready else 503)
 

@@ -47,6 +47,7 @@ from roost_router.told_residency import ToldResidency
 if TYPE_CHECKING:
     from roost_router.discovery.source import Source
     from roost_router.store.link import Link
+    from roost_router.store.published_keys import KeyFollower
     from roost_router.store.sharing import Cluster
 
 #: A start waits so long for what other routers know.
@@ -111,6 +112,7 @@ class Router:
         self._following: asyncio.Task[None] | None = None
         self._tokens, self._follower = self._kv_parts()
         self.link = self._make_link()
+        self._keys = self._follow_keys()
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
@@ -137,6 +139,8 @@ class Router:
             await self._begin_polling()
             if self.link is not None:
                 await self.link.start(_CATCH_UP_S)
+            if self._keys is not None:
+                await self._keys.start(_CATCH_UP_S)
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
@@ -181,6 +185,14 @@ class Router:
         link = make_link(self._cluster, self.placer, time.monotonic)
         self.service.metrics.watch_store(link)
         return link
+
+    def _follow_keys(self) -> KeyFollower | None:
+        """What tells the keys that are published."""
+        if self._cluster is None or not self._config.api_keys_redis:
+            return None
+        from roost_router.store.published_keys import KeyFollower, PublishedKeys  # noqa: PLC0415
+
+        return KeyFollower(PublishedKeys(*self._cluster), self.service.access.published)
 
     def _make_sources(self) -> list[Source]:
         """Where replicas are found."""
@@ -254,6 +266,8 @@ class Router:
                     await task
         if self._tokens is not None:
             await self._tokens.stop()
+        if self._keys is not None:
+            await self._keys.close()
         if self._cluster is not None:
             await self._cluster.store.close()
         await self._admin.close()

@@ -55,6 +55,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: float = 0.0  # what load balancers need to see that /ready is 503
     processes: int | None = None  # workers under a supervisor (supervisor.py); None: neither
     api_keys_file: Path | None = None  # hashes of the keys that open the data port; None: open
+    api_keys_redis: bool = False  # those that `roost keys publish` has put into the store, too
     admin_keys_file: Path | None = None  # likewise the admin port, but /health and /ready
     replica_key_file: Path | None = None  # holds the key that replicas ask for
     redis: str | None = None  # URL of the store that routers share; None: this one is alone
@@ -100,7 +101,14 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("--redis-secret-file and --redis-password-file are for --redis")
         if self.redis is None and self.replicas_redis:
             raise ConfigError("--replicas-redis needs --redis, where they register")
+        if self.redis is None and self.api_keys_redis:
+            raise ConfigError("--api-keys-redis needs --redis, where they are published")
         self.check_hosts(self.host, self.admin_host)
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether clients need a key."""
+        return self.api_keys_file is not None or self.api_keys_redis
 
     @property
     def discovers(self) -> bool:
@@ -136,7 +144,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True):
         """ConfigError if other machines reach one of these addresses without a key."""
         if self.insecure:
             return
-        if self.api_keys_file is None:
+        if not self.asks_for_keys:
             check_open("--host", host, "--api-keys-file (see `roost keys new`)")
         if self.admin_keys_file is None:
             check_open("--admin-host", admin_host, "--admin-keys-file")

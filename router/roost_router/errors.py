@@ -10,6 +10,7 @@
     │   ├── ClientTimeoutError     408  request_timeout
     │   ├── BodyTooLargeError      413  body_too_large
     │   └── EncodingError          415  unsupported_encoding
+    ├── KeysUnknownError           503  keys_unknown: the store was not read yet
     ├── OverloadError              503  too_many_connections, too_many_requests: we are full
     │   ├── HeldTooManyError       503  too_many_held
     │   └── StoppedError           503  router_stopped
@@ -77,6 +78,17 @@ class KeyRequiredError(ClientError):
     def __init__(self, *, has_key: bool) -> None:
         what = "the API key is not valid here" if has_key else "an API key is required"
         super().__init__(f"{what}: send it as 'Authorization: Bearer KEY'")
+
+
+class KeysUnknownError(RouterError):
+    """A key came, and the router does not know all keys yet that it takes."""
+
+    status = 503
+    code = "keys_unknown"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("this router does not know the API keys yet")
 
 
 class PathNotFoundError(ClientError):

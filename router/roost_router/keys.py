@@ -42,9 +42,14 @@ class KeyRing:
         for digest, name in names.items():
             self._by_part.setdefault(digest[:_PART_BYTES], []).append((digest, name))
         self._num_keys = len(names)
+        self._names = names
 
     def __len__(self) -> int:
         return self._num_keys
+
+    def with_those_of(self, other: KeyRing) -> KeyRing:
+        """Both rings' keys; one that both have has its name here."""
+        return KeyRing(other._names | self._names)
 
     def owner(self, authorization: bytes | None) -> str | None:
         """Name behind the value of an Authorization header, or None if it opens nothing. O(1)."""

@@ -3,7 +3,7 @@
 A client's key is for the router. With keys in use it ends here: a replica that was taken over, or
 that logs headers, never sees one. What replicas get instead:
 
-    --api-keys-file  --replica-key-file   a replica gets
+    keys of clients  --replica-key-file   a replica gets
     no               no                   the client's Authorization, as sent
     yes              no                   none
     any              yes                  the replicas' key
@@ -15,7 +15,7 @@ one is kept with it, until keys are read again.
 from __future__ import annotations
 
 from roost_router.access import Access
-from roost_router.errors import KeyRequiredError
+from roost_router.errors import KeyRequiredError, KeysUnknownError
 from roost_router.http.head import Headers, RequestHead, get_header
 from roost_router.http.serving import Request
 
@@ -49,6 +49,8 @@ class Gate:
         if keys is not None:
             given = get_header(head.headers, b"authorization")
             owner = keys.owner(given)
+            if owner is None and given and not self._access.is_complete:
+                raise KeysUnknownError
             if owner is None:
                 raise KeyRequiredError(has_key=bool(given))
             tenant = owner

@@ -106,7 +106,7 @@ class DataService:
         self.is_draining = False
         self._ids = RequestIds(os.urandom)
         self.access = Access(config)
-        needs_gate = config.api_keys_file is not None or config.replica_key_file is not None
+        needs_gate = config.asks_for_keys or config.replica_key_file is not None
         self._gate = Gate(self.access) if needs_gate else None
         # Dictionaries for their order: what is done to many at once is done in order of arrival.
         self._connections: dict[Downstream, object] = {}  # with the client's address

@@ -179,11 +179,21 @@ class Store:
         return values
 
     async def set(
-        self, key: bytes, value: bytes, ttl_s: float | None, budget_s: float = 0.5
+        self,
+        key: bytes,
+        value: bytes,
+        ttl_s: float | None,
+        budget_s: float = 0.5,
+        *,
+        is_new: bool = False,
     ) -> None:
-        """Give a key a value, for `ttl_s` seconds (1 ms at least) or for good."""
+        """Give a key a value, for `ttl_s` seconds (1 ms at least) or for good.
+
+        `is_new`: only where it has none.
+        """
         life = () if ttl_s is None else ("PX", max(1, round(ttl_s * 1000)))
-        await self._call(("SET", key, value, *life), budget_s)
+        condition = ("NX",) if is_new else ()
+        await self._call(("SET", key, value, *life, *condition), budget_s)
 
     async def delete(self, keys: Sequence[bytes], budget_s: float = 0.5) -> int:
         """Remove keys, whatever they hold; how many there were."""
