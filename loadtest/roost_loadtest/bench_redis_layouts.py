@@ -19,7 +19,7 @@ from typing import Any
 
 from roost_router.store import scripts
 from roost_router.store.index import CHUNK_IDS, LOOKUP_IDS, MAX_PROBES, TTL_S
-from roost_router.store.masks import MAX_BUCKET_BLOCKS, thinned
+from roost_router.store.masks import MAX_BUCKET_BLOCKS, depth_classes, thinned
 
 NUM_REPLICAS = 16
 Command = tuple[bytes | str | int, ...]
@@ -79,7 +79,10 @@ class Ours(Layout):
     def add(self, replica: int, ids: bytes) -> list[Command]:
         """A call for each chunk."""
         holder = (*self._holders[replica], 1, TTL_S, MAX_BUCKET_BLOCKS)
-        return [_call(scripts.ADD, *holder, at, chunk) for at, chunk in _chunks(ids, CHUNK_IDS)]
+        return [
+            _call(scripts.ADD, *holder, depth_classes(range(at, at + len(chunk) // 8)), chunk)
+            for at, chunk in _chunks(ids, CHUNK_IDS)
+        ]
 
     def remove(self, replica: int, ids: bytes) -> list[Command]:
         """A call for each chunk."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -15,6 +15,7 @@ from redis_twins import NUM_BUCKETS, HolderTwin, IndexTwin, pack, text
 
 from roost_loadtest.redis_servers import VERSIONS, RedisServer
 from roost_router.store import scripts
+from roost_router.store.masks import depth_classes
 from roost_router.store.scripts import Script
 
 PREFIX = b"roost:{1a2b3c4d}:"
@@ -60,8 +61,19 @@ class Both:
     def add(
         self, writer: tuple[int, int, int], ids: list[bytes], depth: int = 0, most: int = 480
     ) -> Any:
-        reply = self.call(scripts.ADD, *writer, TTL_S, most, depth, b"".join(ids))
-        assert reply == self.twin.add(*writer, most, depth, ids)
+        depths = range(depth, depth + len(ids))
+        return self.add_each(writer, ids, depths, most)
+
+    def add_each(
+        self,
+        writer: tuple[int, int, int],
+        ids: list[bytes],
+        depths: Sequence[int],
+        most: int = 480,
+    ) -> Any:
+        classes = depth_classes(depths)
+        reply = self.call(scripts.ADD, *writer, TTL_S, most, classes, b"".join(ids))
+        assert reply == self.twin.add(*writer, most, depths, ids)
         return reply
 
     def remove(self, writer: tuple[int, int, int], ids: list[bytes]) -> Any:
@@ -472,12 +484,30 @@ def test_ids_that_are_not_whole_change_nothing(server: RedisServer) -> None:
     index = Both(server)
     writer = filled_one(index)
     for script, args in (
-        (scripts.ADD, (*writer, TTL_S, 9, 0, b"x" * 15)),
+        (scripts.ADD, (*writer, TTL_S, 9, b"\0", b"x" * 15)),
         (scripts.REMOVE, (*writer, TTL_S, b"x" * 15)),
         (scripts.LOOKUP, (b"x" * 15, 9)),
     ):
         with pytest.raises(ResponseError, match="8 bytes each, these are 15 bytes"):
             index.call(script, *args)
+    index.check()
+
+
+@pytest.mark.parametrize("classes", [b"", b"\0", b"\0\1\2", b"\0\x10", b"\xff\0"])
+def test_depth_classes_that_are_none_change_nothing(server: RedisServer, classes: bytes) -> None:
+    index = Both(server)
+    writer = filled_one(index)
+    with pytest.raises(ResponseError, match="a byte from 0 to 15 for each id"):
+        index.call(scripts.ADD, *writer, TTL_S, 9, classes, b"x" * 16)
+    index.check()
+
+
+def test_blocks_of_many_chains_are_added_in_one_call(server: RedisServer) -> None:
+    index, chain = Both(server), chain_of(16)
+    writer = filled_one(index)
+    depths = [2**15 - 2, 0, 1, 2, 2**15 - 1, 2**20, 3, 7, 0, 14, 15, 6, 5, 30, 31, 0]
+
+    assert index.add_each(writer, chain, depths) == [b"OK", 16, 0, 0]
     index.check()
 
 
@@ -511,7 +541,7 @@ def test_an_index_that_is_no_hash_is_refused(server: RedisServer) -> None:
     index.redis.set(TABLE, "poison")
     for script, args in (
         (scripts.OPEN_HOLDER, (b"r", b"device", 1, 1, 0, TTL_S)),
-        (scripts.ADD, (0, 1, 1, TTL_S, 9, 0, b"x" * 8)),
+        (scripts.ADD, (0, 1, 1, TTL_S, 9, b"\0", b"x" * 8)),
         (scripts.LOOKUP, (b"x" * 8, 9)),
         (scripts.SWEEP, (9, 9, TTL_S)),
     ):

@@ -6,6 +6,7 @@ written for lately are `old`, for nobody waits a day in a test.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 NUM_BUCKETS = 32_768
@@ -107,12 +108,18 @@ class IndexTwin:
         return reply
 
     def add(
-        self, number: int, serial: int, fence: int, most: int, depth: int, ids: list[bytes]
+        self,
+        number: int,
+        serial: int,
+        fence: int,
+        most: int,
+        depths: Sequence[int],
+        ids: list[bytes],
     ) -> list[bytes | int]:
         if refused := self._refusal(number, serial, fence):
             return refused
         added = evicted = skipped = 0
-        for place, block_id in enumerate(ids, start=depth):
+        for place, block_id in zip(depths, ids, strict=True):
             key, name = bucket_of(block_id), block_id[2:]
             bucket = self.buckets.setdefault(key, {})
             mine = pack(min(15, (place + 1).bit_length() - 1), 1 << number)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from roost_router.store import scripts
 from roost_router.store.errors import StoreError, StoreFault
-from roost_router.store.masks import bucket_blocks, levels, thinned
+from roost_router.store.masks import bucket_blocks, depth_classes, levels, thinned
 from roost_wire.kv_events import Tier
 
 if TYPE_CHECKING:
@@ -154,14 +154,28 @@ class RedisIndex:
     ) -> Written:
         """Blocks became resident: `ids` one after the other, the first at `first_depth` (from 0).
 
+        As `add_each`.
+        """
+        depths = range(first_depth, first_depth + len(ids) // ID_BYTES)
+        return await self.add_each(holder, ids, depths, budget_s)
+
+    async def add_each(
+        self, holder: Holder, ids: bytes, depths: Sequence[int], budget_s: float = 0.5
+    ) -> Written:
+        """Blocks of any chains became resident, parents before their children; each at its depth.
+
         Where a bucket is full, what nobody living has goes, then the deepest blocks. Raises
-        HolderGoneError, FencedError; ValueError for ids that are not whole.
+        HolderGoneError, FencedError; ValueError for ids that are not whole, or are not as many as
+        `depths`.
         """
         changed = evicted = skipped = 0
-        for at, chunk in _chunks(ids):
+        chunks, classes = _chunks(ids), depth_classes(depths)
+        if len(classes) * ID_BYTES != len(ids):
+            raise ValueError(f"{len(classes)} depths are not for {len(ids)} bytes of ids")
+        for at, chunk in chunks:
             args = (
                 *(holder.number, holder.serial, holder.fence, TTL_S, self._bucket_blocks),
-                *(first_depth + at, chunk),
+                *(classes[at : at + CHUNK_IDS], chunk),
             )
             reply = await self._call(scripts.ADD, args, budget_s, 4)
             changed, evicted, skipped = changed + reply[1], evicted + reply[2], skipped + reply[3]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 NUM_BUCKETS: Final = 1 << 15
 #: Numbers there are: a mask of 63 bytes and its header are the most that a packed hash takes.
@@ -17,6 +17,11 @@ MAX_HOLDERS: Final = 504
 MAX_BUCKET_BLOCKS: Final = 480
 #: The most blocks an index may be told to hold.
 MAX_BLOCKS: Final = NUM_BUCKETS * MAX_BUCKET_BLOCKS
+
+
+def depth_classes(depths: Iterable[int]) -> bytes:
+    """floor(log2(depth + 1)) of each, at most 15: what a block's value says of its depth."""
+    return bytes([min(15, (depth + 1).bit_length() - 1) for depth in depths])
 
 
 def mask_of(value: bytes) -> int:

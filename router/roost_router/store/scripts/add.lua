@@ -1,9 +1,15 @@
--- ARGV: number, serial, fence, seconds to live, most blocks of a bucket, depth of the first id (0 is a chain's
--- first), ids of 8 bytes, one after the other in the order of their chain
+-- ARGV: number, serial, fence, seconds to live, most blocks of a bucket, the depth class of each id (a byte each),
+-- ids of 8 bytes; parents before their children
 -- Replies OK, new blocks, evicted blocks, ids skipped for what lies in their bucket's place; or GONE; or FENCED, fence.
 
-local number, ttl_s, most, depth, ids = tonumber(ARGV[1]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
-local refused = misshapen(ids) or refusal(ARGV[1], ARGV[2], ARGV[3])
+-- The refusal of classes that are not one for each id, or are none.
+local function misclassed(classes, ids)
+  if #classes * 8 == #ids and not string.find(classes, '[^%z\1-\15]') then return nil end
+  return redis.error_reply('a depth class is a byte from 0 to 15 for each id')
+end
+
+local number, ttl_s, most, classes, ids = tonumber(ARGV[1]), tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local refused = misshapen(ids) or misclassed(classes, ids) or refusal(ARGV[1], ARGV[2], ARGV[3])
 if refused then return refused end
 touch(number)   -- before all else: a server that is full refuses this, and nothing is half done
 call('EXPIRE', TABLE, 2 * ttl_s)
@@ -50,16 +56,11 @@ local function evict(key, size)
   evicted = evicted + call('HDEL', key, unpack(gone))
 end
 
-local class, next_class = 0, 2
-local mine = pack_value(0, put_bit('', number, true))   -- the value of a block that only this holder has
-local mine_tail, mine_header = sub(mine, 2), byte(mine)
+local alone = pack_value(0, put_bit('', number, true))   -- the value of a block that only this holder has
+local tail, header = sub(alone, 2), byte(alone)
 local grown = {}                                        -- values that were met: the same with this holder
 for at = 1, #ids, 8 do
-  while depth + 1 >= next_class and class < 15 do
-    class, next_class = class + 1, next_class * 2
-    mine = char(mine_header + class) .. mine_tail
-  end
-  depth = depth + 1
+  local mine = char(header + byte(classes, (at + 7) / 8)) .. tail
   local key, field = buckets .. bucket_of(ids, at), sub(ids, at + 2, at + 7)
   local is_new = pcall_redis('HSETNX', key, field, mine)
   if is_new == 1 then
@@ -71,9 +72,12 @@ for at = 1, #ids, 8 do
     if value ~= mine then
       local after = grown[value]
       if not after then
-        after = mine
-        if is_value(value) then after = pack_value(byte(value) % 16, put_bit(unpack_mask(value), number, true)) end
-        grown[value] = after
+        if is_value(value) then
+          after = pack_value(byte(value) % 16, put_bit(unpack_mask(value), number, true))
+          grown[value] = after
+        else
+          after = mine
+        end
       end
       if after ~= value then call('HSET', key, field, after) end
     end
