@@ -38,6 +38,7 @@ class Outcome(msgspec.Struct, frozen=True):
     finish_reason: str | None
     completion_tokens: int
     prompt_tokens: int
+    cached_tokens: int
 
     @property
     def gap_s(self) -> float:
@@ -105,6 +106,7 @@ class Client:
             finish_reason=answer.finish_reasons[-1] if answer.finish_reasons else None,
             completion_tokens=usage.completion_tokens if usage else 0,
             prompt_tokens=usage.prompt_tokens if usage else 0,
+            cached_tokens=usage.cached_tokens if usage else 0,
         )
 
     async def close(self) -> None:

@@ -68,6 +68,13 @@ def needing_redis(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def needing_dev(what: str) -> Iterator[None]:
+    """Run what needs packages of the extra "dev", as real Redis servers; say so likewise."""
+    with _needing(what, "dev"):
+        yield
+
+
+@contextlib.contextmanager
 def _needing(what: str, extra: str) -> Iterator[None]:
     try:
         yield

