@@ -28,7 +28,8 @@ class StoreCollector(Collector):
         yield gauge("store_up", text, (), {(): link.is_sharing})
         text = "Calls of the store that failed, by why."
         errors: dict[tuple[str, ...], int] = {
-            (fault.value,): count for fault, count in link.num_errors.items()
+            (fault.value,): count
+            for fault, count in (link.num_errors + link.feeder.num_errors).items()
         }
         yield counter("store_errors", text, ("reason",), errors)
         text = "From telling to hearing: seconds, of this router's last batch of news."
@@ -45,5 +46,17 @@ class StoreCollector(Collector):
             (why,): count for why, count in (hearing.num_void + link.num_void).items()
         }
         yield counter("news_void", text, ("reason",), void)
+        feeder = link.feeder
+        text = "Blocks written to the index in Redis: new, gone, evicted to make room."
+        written: dict[tuple[str, ...], int] = {
+            ("added",): feeder.num_added,
+            ("removed",): feeder.num_removed,
+            ("evicted",): feeder.num_evicted,
+        }
+        yield counter("index_written_blocks", text, ("change",), written)
+        text = "Replicas, and streams of KV events, that this router writes to the index."
+        yield gauge("index_holders", text, (), {(): feeder.num_holders})
+        text = "Times that all of one of them was written, the last epoch's blocks being dead."
+        yield counter("index_begun", text, (), {(): feeder.num_begun})
         text = "Other routers that are heard."
         yield gauge("peers", text, (), {(): hearing.num_peers})

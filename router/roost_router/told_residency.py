@@ -28,7 +28,7 @@ from roost_router.shared.stamps import NEVER
 from roost_router.tokens.drift import DriftChange, DriftWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from roost_router.fleet.replica import Replica
 
@@ -112,6 +112,13 @@ class ToldResidency:
         self._lately.pop(replica, None)
         self._started.pop(replica, None)
         self._drift.forget(replica)
+
+    def streams(self) -> Iterator[tuple[str, int, TokenSink]]:
+        """Those that tell something: replica, rank, what took it in. O(streams)."""
+        for name, sinks in self._sinks.items():
+            for rank, sink in sinks.items():
+                if sink.trust is not Trust.BLIND:
+                    yield name, rank, sink
 
     def report_reuse(self, replica: str, *, is_asked: bool) -> None:
         """Its engine is asked to tell again what it reuses, or no more."""

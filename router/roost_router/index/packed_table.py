@@ -130,6 +130,22 @@ class PackedTable:
         return [bucket[at + KEY_BYTES : at + size] for at in range(0, len(bucket), size)]
 
     @property
+    def num_buckets(self) -> int:
+        """How many buckets there are."""
+        return len(self._buckets)
+
+    def bucket(self, place: int) -> list[tuple[int, bytes]]:
+        """Keys and values in one of them."""
+        bucket, size = self._buckets[place], self._record_bytes
+        return [
+            (
+                int.from_bytes(bucket[at : at + KEY_BYTES], "little"),
+                bucket[at + KEY_BYTES : at + size],
+            )
+            for at in range(0, len(bucket), size)
+        ]
+
+    @property
     def has_buckets(self) -> bool:
         """Whether `take_bucket` may be called once more."""
         return bool(self._buckets)

@@ -53,6 +53,7 @@ class _Held:
 
     __slots__ = (
         "capacity_bytes",
+        "changed",
         "expected",
         "floor",
         "num_bytes",
@@ -69,6 +70,7 @@ class _Held:
         self.num_touched = 0  # blocks in `touches`
         self.expected: dict[int, int] = {}  # block hash -> requests that compute it
         self.floor = NO_FLOOR
+        self.changed: dict[int, int] | None = None
 
 
 class Touch(NamedTuple):
@@ -142,6 +144,22 @@ class PrefixIndex:
     def capacity_bytes(self, holder: int) -> int:
         """How many bytes of prompts `holder` is believed to keep."""
         return self._held[holder].capacity_bytes
+
+    def watch(self, holder: int, changed: dict[int, int] | None) -> None:
+        """Note in `changed` from now on which blocks come and go: block hash -> place in its chain.
+
+        None: no more. The caller takes out what it has seen.
+        """
+        self._held[holder].changed = changed
+
+    def is_watched(self, holder: int, changed: dict[int, int]) -> bool:
+        """Whether there is this holder, and its changes are noted there."""
+        held = self._held.get(holder)
+        return held is not None and held.changed is changed
+
+    def is_held(self, holder: int, block: int) -> bool:
+        """Whether `holder` is believed to hold this block."""
+        return block in self._held[holder].stamps
 
     def num_blocks(self, holder: int) -> int:
         """Blocks that `holder` is believed to hold."""
@@ -312,7 +330,7 @@ class PrefixIndex:
                 return None
             blocks = blocks[: max(0, held.floor.keep - first)]
         holders, bit = self._holders, 1 << holder
-        stamps, get = held.stamps, holders.get
+        stamps, get, changed = held.stamps, holders.get, held.changed
         place = end = len(blocks)
         while place and blocks[place - 1] not in stamps:  # prefix-closed: what is new is a tail
             place -= 1
@@ -320,6 +338,8 @@ class PrefixIndex:
             holders[block] = get(block, 0) | bit
             stamps[block] = stamp
             held.num_bytes += BLOCK_BYTES[first + place]
+            if changed is not None:
+                changed[block] = first + place
         while place and stamps[blocks[place - 1]] < stamp:  # no block is younger than its parent
             place -= 1
             stamps[blocks[place]] = stamp
@@ -348,6 +368,8 @@ class PrefixIndex:
     def _forget(self, holder: int, held: _Held, block: int, place: int) -> None:
         del held.stamps[block]
         held.num_bytes -= BLOCK_BYTES[place]
+        if held.changed is not None:
+            held.changed[block] = place
         self._drop(block, holder)
 
     def _expect_no_more(self, block: int, holder: int) -> None:

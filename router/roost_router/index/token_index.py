@@ -43,8 +43,8 @@ from roost_wire.token_chain import join_local, local_hash
 
 #: chain hash (8 bytes), parent's key (6; its own: none), tiers (2 bits) and children (14).
 _VALUE: Final = Struct("<QQ")
-_DEVICE: Final = 1
-_HOST: Final = 2
+DEVICE_TIER: Final = 1
+HOST_TIER: Final = 2
 _TIERS: Final = 3
 _CHILD: Final = 4
 _MAX_META: Final = 0xFFFF
@@ -101,6 +101,7 @@ class _Held:
         self.num_blocks = 0
         self.num_orphans = 0
         self.is_whole = True
+        self.changed: dict[int, int] | None = None  # key -> chain hash, of blocks that came or went
         self.counted_bytes = 0  # of all this, in the index's sum
 
     def num_bytes(self) -> int:
@@ -176,6 +177,47 @@ class TokenIndex:
             self._lay(held, key)
         self._num_held_bytes += held.table.num_bytes - held.counted_bytes
         self._retired[holder] = held.table
+
+    def watch(self, holder: int, changed: dict[int, int] | None) -> None:
+        """Note in `changed` from now on which blocks come and go: their key -> their chain hash.
+
+        None: no more, which is also what AllBlocksCleared leaves. The caller takes out what it has
+        seen. Block by block the index can be read again with `bucket` and `tiers`.
+        """
+        self._held[holder].changed = changed
+
+    def is_watched(self, holder: int, changed: dict[int, int]) -> bool:
+        """Whether there is this holder, and its changes are noted there."""
+        held = self._held.get(holder)
+        return held is not None and held.changed is changed
+
+    def num_buckets(self, holder: int) -> int:
+        """Into how many parts what `holder` holds can be read. It only grows."""
+        return self._held[holder].table.num_buckets
+
+    def bucket(self, holder: int, place: int) -> list[tuple[int, int]]:
+        """(key, chain hash) of the blocks in a part, ghosts too. O(blocks in it), some 32.
+
+        Read from place 0 on, nothing is missed that is not noted as changed: blocks only move to
+        later places.
+        """
+        records = self._held[holder].table.bucket(place)
+        return [(key, int.from_bytes(value[:8], "little")) for key, value in records]
+
+    def tiers(self, holder: int, key: int, chain: int) -> int | None:
+        """Where `holder` has a block: DEVICE_TIER, HOST_TIER, both; 0: nowhere.
+
+        None: not under this name, but it has one of the same tokens.
+        """
+        held = self._held[holder]
+        value = held.table.get(key)
+        tiers = value[14] & _TIERS if value is not None else 0
+        return None if not tiers and self.holders_of(chain) & held.bit else tiers
+
+    def parent(self, holder: int, key: int) -> int:
+        """Key of the block before this one in its chain; its own: it is the first, or not there."""
+        value = self._held[holder].table.get(key)
+        return key if value is None else int.from_bytes(value[8:14], "little")
 
     def num_blocks(self, holder: int) -> int:
         """Blocks that count for `holder`, and those behind a missing one."""
@@ -279,7 +321,7 @@ class TokenIndex:
             self._store(held, event)
         elif isinstance(event, BlockRemoved):
             num_blocks += len(event.block_hashes)
-            tier = _DEVICE if event.tier is Tier.DEVICE else _HOST
+            tier = DEVICE_TIER if event.tier is Tier.DEVICE else HOST_TIER
             for block_hash in event.block_hashes:
                 self._remove(held, block_hash & KEY_MASK, tier)
         elif isinstance(event, AllBlocksCleared):
@@ -299,7 +341,7 @@ class TokenIndex:
         if size != held.told_size or not has_content:
             held.is_whole = False  # of another size, or of unknown content
             return
-        tier = _DEVICE if event.tier is Tier.DEVICE else _HOST
+        tier = DEVICE_TIER if event.tier is Tier.DEVICE else HOST_TIER
         if held.pages is not None:
             self._store_pages(held, held.pages, event, tier)
             return
@@ -364,6 +406,8 @@ class TokenIndex:
                 if parent != -1 and not is_counted:
                     self._count_child(held, parent)
                 self._claim(held, chain)
+                if held.changed is not None:
+                    held.changed[key] = chain
                 is_counted = True
             else:
                 if is_counted:
@@ -385,6 +429,8 @@ class TokenIndex:
         meta = value[14]
         if not meta & tier:
             held.table.set(key, value[:14] + bytes((meta | tier, value[15])))
+            if held.changed is not None:
+                held.changed[key] = int.from_bytes(value[:8], "little")
             if not meta & _TIERS:
                 self._lay(held, key)
                 self._claim(held, int.from_bytes(value[:8], "little"))
@@ -403,6 +449,8 @@ class TokenIndex:
             return
         left = value[14] & ~tier
         was_here = left != value[14]
+        if was_here and held.changed is not None:
+            held.changed[key] = int.from_bytes(value[:8], "little")
         if was_here and not left & _TIERS:
             self._unclaim(held, int.from_bytes(value[:8], "little"))
         if not left and not value[15]:
@@ -568,6 +616,7 @@ class TokenIndex:
         held.twins.clear()
         held.num_blocks = held.num_orphans = 0
         held.is_whole = True
+        held.changed = None
 
     def _sweep(self, num_blocks: int) -> None:
         """Take retired holders off about so many blocks, or a bucket more."""

@@ -205,6 +205,11 @@ class RedisIndex:
             await self._read_holders(budget_s)
         return Found(levels(runs, self._live, step), self._holders)
 
+    async def holders(self, budget_s: float = 0.5) -> dict[int, HolderName]:
+        """Whose blocks the index has, by number. O(holders)."""
+        await self._read_holders(budget_s)
+        return {number: name for number, name in self._holders.items() if self._live >> number & 1}
+
     async def sweep(self, budget_s: float = 0.5) -> Swept:
         """Clean the next buckets of who is dead, where the last call, anybody's, ended.
 

@@ -2,7 +2,8 @@
 
     tell      a batch of the journal, FLUSH_S after there is something to tell, and every BEAT_S
     hear      what others appended, as it comes
-    feed      which replicas this router is the feeder of (leases.py); snapshots of those
+    feed      which replicas this router is the feeder of (leases.py); snapshots of those, and
+              what they hold, into the index (feeder.py)
 
 A router that starts reads the snapshots, then the news since. Whenever the store is away, or what
 was sent may not have arrived, the journal is closed: the router goes on alone, with what it knows,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from roost_router.shared.hearing import Hearing
     from roost_router.shared.journal import Journal
     from roost_router.store.client import Store
+    from roost_router.store.feeder import Feeder
     from roost_router.store.leases import Leases
     from roost_router.store.secret import ClusterSecret
 
@@ -81,9 +83,11 @@ class Link:
         index: PrefixIndex,
         journal: Journal,
         hearing: Hearing,
+        feeder: Feeder,
         clock: Callable[[], float],
     ) -> None:
         self.store: Final = store
+        self.feeder: Final = feeder
         self._leases: Final = leases
         self._fleet: Final = fleet
         self._index: Final = index
@@ -114,6 +118,7 @@ class Link:
         self._journal.call(self._has_news.set)
         for work in (self._tell, self._hear, self._feed):
             self._tasks.append(asyncio.create_task(self._ever(work)))
+        self._tasks.append(asyncio.create_task(self.feeder.run()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._is_caught_up.wait()
@@ -312,7 +317,8 @@ class Link:
         await self._is_caught_up.wait()
         names = [replica.url.encode() for replica in self._fleet.replicas]
         fed = await self._leases.beat(names) if names else {}
-        self._journal.feeding = frozenset(name.decode() for name in fed)
+        self.feeder.fences = {name.decode(): fence for name, fence in fed.items()}
+        self._journal.feeding = frozenset(self.feeder.fences)
         await self._write_snapshots(self._clock() - SNAPSHOT_S)
         await asyncio.sleep(BEAT_S)
 

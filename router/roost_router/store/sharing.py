@@ -12,6 +12,8 @@ from roost_router.placement import Placer
 from roost_router.shared.hearing import Hearing
 from roost_router.store.address import AddressError, parse_address
 from roost_router.store.client import Store
+from roost_router.store.feeder import MAX_BLOCKS, Feeder
+from roost_router.store.index import RedisIndex
 from roost_router.store.leases import Leases
 from roost_router.store.link import Link
 from roost_router.store.secret import ClusterSecret, SecretError
@@ -62,7 +64,9 @@ def make_link(cluster: Cluster, placer: Placer, clock: Callable[[], float]) -> L
     store, secret = cluster
     hearing = Hearing(placer.fleet, placer.index, journal.router, journal.stamps)
     leases = Leases(store, secret.prefix, b"%d" % journal.router)
-    return Link(store, leases, secret, placer.fleet, placer.index, journal, hearing, clock)
+    index = RedisIndex(store, secret.prefix, max_blocks=MAX_BLOCKS)
+    feeder = Feeder(index, secret, placer.fleet, placer.index, placer.told, clock)
+    return Link(store, leases, secret, placer.fleet, placer.index, journal, hearing, feeder, clock)
 
 
 def _log_change(is_up: bool, why: str) -> None:
