@@ -41,6 +41,14 @@ def views(router) -> dict[str, list[tuple[int, int, list[int]]]]:
     }
 
 
+def holders_of(router, prompt: str) -> set[str]:
+    """URLs of the replicas that are believed to hold most of a prompt."""
+    fields = RoutingFields("m", stream=False, prompt=prompt.encode())
+    del fields
+    index = router.placer.index
+    return {r.url for r in router.placer.fleet.replicas if index.num_blocks(r.holder)}
+
+
 async def test_what_one_router_placed_the_other_knows(start_router, replicas, sharing):
     one = await start_router(*replicas, **sharing)
     other = await start_router(*replicas, **sharing)
@@ -118,6 +126,40 @@ async def test_it_knows_it_from_snapshots_alone(start_router, replicas, sharing,
     late = await start_router(*replicas, **sharing)
 
     assert views(late) == state
+
+
+async def test_a_router_that_starts_asks_nobody_for_its_first_request(
+    start_router, replicas, sharing
+):
+    one = await start_router(*replicas, **sharing)
+    for number in range(5):
+        await complete(one, prompt=f"{number} " * 400)
+    other = await start_router(*replicas, **sharing)
+    await until(lambda: views(one) == views(other))
+
+    late = await start_router(*replicas, **sharing)
+    for number in range(5):  # each where it is, from the first on
+        served = [len(fake.bodies) for fake in replicas]
+        before = holders_of(one, f"{number} " * 400)
+        assert await complete(late, prompt=f"{number} " * 400) == 200
+        [place] = [n for n, fake in enumerate(replicas) if len(fake.bodies) > served[n]]
+        assert replicas[place].url in before
+
+
+async def test_a_store_that_answers_late_delays_what_is_known_not_the_start(
+    start_router, replicas, sharing, server, monkeypatch
+):
+    one = await start_router(*replicas, **sharing)
+    await complete(one)
+    await until(lambda: len(one.placer.journal.feeding) == 2)
+    monkeypatch.setattr(app, "_CATCH_UP_S", 0.0)  # as if it took longer than that
+
+    late = await start_router(*replicas, **sharing)
+    assert await complete(late, prompt="another") == 200
+
+    await until(lambda: late.link.is_sharing and views(late) == views(one) != {})
+    for replica in late.placer.fleet.replicas:
+        assert replica.is_up
 
 
 async def test_a_feeder_that_dies_is_succeeded(start_router, replicas, sharing):

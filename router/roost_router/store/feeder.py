@@ -236,7 +236,9 @@ class Feeder:
         ids_of = self._secret.block_ids
         for tier, batch in by_tier(steps).items():
             if batch.added and tier not in fed.holders:
-                await self._open(name, fed, tier)
+                # Who lost the lease finds it out here: of this tier nobody else may have written.
+                for one in (*fed.holders, tier):
+                    await self._open(name, fed, one)
             holder = fed.holders.get(tier)
             if holder is None:
                 continue
