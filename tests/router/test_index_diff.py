@@ -8,7 +8,15 @@ import pytest
 
 from roost_router.index.prefix_index import Floor, PrefixIndex, Touch
 from roost_router.index.token_index import DEVICE_TIER, HOST_TIER, TokenIndex
-from roost_router.shared.index_diff import MAX_WAITING, Step, TextView, TokenView, View, by_tier
+from roost_router.shared.index_diff import (
+    MAX_DEPTH,
+    MAX_WAITING,
+    Step,
+    TextView,
+    TokenView,
+    View,
+    by_tier,
+)
 from roost_wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, Tier
 
 MANY = 1 << 40
@@ -165,6 +173,21 @@ def test_what_is_read_while_the_table_grows_is_whole():
     assert view is not None
     elsewhere.hear_all(view)
     assert elsewhere.device == {name: number % 50 for number, name in enumerate(names)}
+
+
+def test_a_long_chain_is_told_whole_in_bounded_pieces():
+    index = TokenIndex(1 << 26)
+    holder = index.open_holder(hashes_are_chain=True)
+    names = Random(1).sample(range(1 << 62), 3 * MAX_DEPTH)
+    index.apply(holder, stored(names, [1] * 16 * len(names)))
+    view, elsewhere = TokenView(index, holder), Elsewhere()
+
+    elsewhere.hear(view.take(8))
+    assert 0 < len(view._depths) <= 8 + MAX_DEPTH
+    elsewhere.hear_all(view)
+
+    told = [elsewhere.device[name] for name in names]
+    assert told == [min(place, MAX_DEPTH) for place in range(len(names))]
 
 
 def test_parents_are_added_first_and_removed_last():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from asking import PROMPT, complete, get, until
 
 from roost_loadtest.redis_servers import RedisServer
 from roost_router.store import link
+
+from roost_router import app
+from roost_router.openai_request import read_routing_fields
 
 SECRET = "a secret that is thirty-two bytes"
 
@@ -43,10 +47,11 @@ def views(router) -> dict[str, list[tuple[int, int, list[int]]]]:
 
 def holders_of(router, prompt: str) -> set[str]:
     """URLs of the replicas that are believed to hold most of a prompt."""
-    fields = RoutingFields("m", stream=False, prompt=prompt.encode())
-    del fields
-    index = router.placer.index
-    return {r.url for r in router.placer.fleet.replicas if index.num_blocks(r.holder)}
+    body = json.dumps({"model": "m", "prompt": prompt}).encode()
+    chain = read_routing_fields("/v1/completions", body).chain
+    urls = {r.holder: r.url for r in router.placer.fleet.replicas}
+    matched = router.placer.index.lookup(chain, sum(1 << holder for holder in urls))
+    return {urls[holder] for holder, depth in matched.items() if depth == max(matched.values())}
 
 
 async def test_what_one_router_placed_the_other_knows(start_router, replicas, sharing):
@@ -147,7 +152,7 @@ async def test_a_router_that_starts_asks_nobody_for_its_first_request(
 
 
 async def test_a_store_that_answers_late_delays_what_is_known_not_the_start(
-    start_router, replicas, sharing, server, monkeypatch
+    start_router, replicas, sharing, monkeypatch
 ):
     one = await start_router(*replicas, **sharing)
     await complete(one)
@@ -158,8 +163,6 @@ async def test_a_store_that_answers_late_delays_what_is_known_not_the_start(
     assert await complete(late, prompt="another") == 200
 
     await until(lambda: late.link.is_sharing and views(late) == views(one) != {})
-    for replica in late.placer.fleet.replicas:
-        assert replica.is_up
 
 
 async def test_a_feeder_that_dies_is_succeeded(start_router, replicas, sharing):

@@ -16,15 +16,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
-from roost_router.index.packed_table import KEY_MASK, PackedTable
+from roost_router.index.packed_table import PackedTable
 from roost_router.index.prefix_index import PrefixIndex, Touch
 from roost_router.index.token_index import DEVICE_TIER, HOST_TIER, TokenIndex
 from roost_wire.kv_events import Tier
 
 #: Changes that may wait. More, after the store was away for long: begin anew.
 MAX_WAITING: Final = 200_000
-_DEPTH_BYTES: Final = 2
-_MAX_DEPTH: Final = 0xFFFF
+_DEPTH_BYTES: Final = 1
+#: Deeper ones count as of this depth: it is enough to know who goes first where room is short.
+MAX_DEPTH: Final = 255
 _TIERS: Final = ((Tier.DEVICE, DEVICE_TIER), (Tier.HOST, HOST_TIER))
 
 
@@ -107,7 +108,7 @@ class TextView:
 class TokenView:
     """What a stream of KV events tells of token blocks.
 
-    Blocks that came before their parents did are at the depth that they have by then. Memory: 9
+    Blocks that came before their parents did are at the depth that they have by then. Memory: 8
     bytes a block, for its depth.
     """
 
@@ -117,6 +118,7 @@ class TokenView:
         self._changed: Final[dict[int, int]] = {}
         self._place = 0  # of the next bucket to read of those that were there before
         self._depths = PackedTable(_DEPTH_BYTES)
+        self._num_walked = 0  # blocks whose depth the last call of `take` looked for
         index.watch(holder, self._changed)
 
     @property
@@ -126,14 +128,19 @@ class TokenView:
         return not is_watched or len(self._changed) > MAX_WAITING
 
     def take(self, most: int) -> list[Step]:
-        """See View. Up to a bucket more than `most`, some 32."""
+        """See View. Up to a bucket more than `most`, some 32; fewer where depths are not known."""
         index, holder = self._index, self._holder
         noted = _take(self._changed, most)
         while len(noted) < most and self._place < index.num_buckets(holder):
             noted += index.bucket(holder, self._place)
             self._place += 1
-        steps = []
-        for key, block in noted:
+        steps: list[Step] = []
+        self._num_walked = 0
+        for place, (key, block) in enumerate(noted):
+            if self._num_walked > most:  # looking for their depths takes as long as they do
+                for later in noted[place:]:
+                    self._changed.setdefault(*later)
+                break
             tiers = index.tiers(holder, key, block)
             if tiers is None:
                 continue
@@ -155,20 +162,29 @@ class TokenView:
             self._index.watch(self._holder, None)
 
     def _depth(self, key: int) -> int:
-        """How many blocks come before this one. O(1) where its parent's is known."""
-        path, parent_of = [], self._index.parent
-        known = self._depths.get(key)
-        while known is None:
-            path.append(key)
-            parent = parent_of(self._holder, key)
-            if parent == key:
+        """How many blocks come before this one, up to MAX_DEPTH. O(1) where its parent's is known.
+
+        Else it is looked for, and noted for all on the way, up to MAX_DEPTH blocks before.
+        """
+        path: list[int] = []
+        at, get = key, self._depths.get
+        known = get(at)
+        while known is None and len(path) < MAX_DEPTH:
+            path.append(at)
+            parent = self._index.parent(self._holder, at)
+            if parent == at:
                 break
-            key = parent
-            known = self._depths.get(key)
+            at = parent
+            known = get(at)
+        else:
+            if known is None:
+                path = [key]
+                known = MAX_DEPTH.to_bytes(_DEPTH_BYTES, "little")
+        self._num_walked += len(path)
         depth = -1 if known is None else _unpack(known)
         for one in reversed(path):
-            depth = min(depth + 1, _MAX_DEPTH)
-            self._depths.try_add(one & KEY_MASK, depth.to_bytes(_DEPTH_BYTES, "little"))
+            depth = min(depth + 1, MAX_DEPTH)
+            self._depths.try_add(one, depth.to_bytes(_DEPTH_BYTES, "little"))
         return depth
 
 

@@ -9,8 +9,8 @@ everything is written again. That is so when this router becomes the feeder (blo
 are known to nobody), when the replica begins anew, when the index lost it, when too much waited.
 
 It writes up to SLICES slices a beat, of SLICE_BLOCKS, and one of each holder at least: the event
-loop is held for about 1 ms each time. Nothing waits for it. A call that fails is made again at the
-next beat.
+loop is held for a millisecond or so each time. Nothing waits for it. A call that fails is made
+again at the next beat.
 
 Not here: what has to be written (shared/index_diff.py), who feeds (leases.py).
 """
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 #: The most blocks that the index holds: 46 MB of Redis, see docs/redis.md.
 MAX_BLOCKS: Final = 3_000_000
-#: About 1 ms of this router's CPU.
-SLICE_BLOCKS: Final = 512
-SLICES: Final = 32
+#: About 1 ms of this router's CPU; up to three where depths of token blocks are looked for.
+SLICE_BLOCKS: Final = 256
+SLICES: Final = 64
 #: Calls of the sweep in a beat, while there is something to clean.
 SWEEPS: Final = 8
 #: A holder that changes nothing is looked at so often: the index may have lost it. So is one that
