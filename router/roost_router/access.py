@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import logging
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from roost_router.config import ConfigError, RouterConfig
 from roost_router.keys import KeyFileError, KeyRing, parse_keys
+from roost_router.quotas import Quotas
 
 _KEY = re.compile(r"[!-~]+")
 _log = logging.getLogger(__name__)
@@ -23,8 +27,10 @@ _log = logging.getLogger(__name__)
 class Access:
     """Who may come in, and what the router shows replicas. None: no key is asked for."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, now: Callable[[], float] = time.monotonic) -> None:
         """Read all files of `config`. Raises ConfigError: file and line, never a key."""
+        self.quotas: Final = Quotas()
+        self._now: Final = now
         self._config = config
         self.version = 0  # grows whenever keys may have changed
         self.api_keys: KeyRing | None
@@ -68,6 +74,7 @@ class Access:
         if self._config.api_keys_redis:
             nobody = KeyRing({})
             self.api_keys = (self._file_keys or nobody).with_those_of(self._published or nobody)
+        self.quotas.set_limits({} if self.api_keys is None else self.api_keys.limits, self._now())
         self.version += 1
 
 

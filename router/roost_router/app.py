@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from roost_router.store.link import Link
     from roost_router.store.published_keys import KeyFollower
     from roost_router.store.sharing import Cluster
+    from roost_router.store.spending import Spending
 
 #: A start waits so long for what other routers know.
 _CATCH_UP_S = 1.0
@@ -113,6 +114,8 @@ class Router:
         self._tokens, self._follower = self._kv_parts()
         self.link = self._make_link()
         self._keys = self._follow_keys()
+        self._spending = self._tell_spending()
+        self._telling: asyncio.Task[None] | None = None
         self.address = self.admin_address = ("", 0)
 
     async def start(self) -> None:
@@ -141,6 +144,9 @@ class Router:
                 await self.link.start(_CATCH_UP_S)
             if self._keys is not None:
                 await self._keys.start(_CATCH_UP_S)
+            if self._spending is not None:
+                await self._spending.tell()
+                self._telling = asyncio.create_task(self._spending.run())
             await self.service.listen(data)
             self.address = data.getsockname()[:2]
             self.admin_address = admin.getsockname()[:2]
@@ -193,6 +199,14 @@ class Router:
         from roost_router.store.published_keys import KeyFollower, PublishedKeys  # noqa: PLC0415
 
         return KeyFollower(PublishedKeys(*self._cluster), self.service.access.published)
+
+    def _tell_spending(self) -> Spending | None:
+        """What tells others how much of their limits clients have spent here."""
+        if self._cluster is None or self.link is None or not self._config.asks_for_keys:
+            return None
+        from roost_router.store.spending import Spending  # noqa: PLC0415 - an extra's
+
+        return Spending(self.link, self._cluster.secret, self.service.access.quotas, time.monotonic)
 
     def _make_sources(self) -> list[Source]:
         """Where replicas are found."""
@@ -257,9 +271,11 @@ class Router:
         if replaced:
             await self._admin.close()
         await service.drain(config.drain_s)
+        if self._spending is not None:
+            await self._spending.tell()
         if self.link is not None:
             await self.link.close()
-        for task in (self._discovering, self.poller, self._following):
+        for task in (self._discovering, self.poller, self._following, self._telling):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

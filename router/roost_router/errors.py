@@ -10,6 +10,7 @@
     │   ├── ClientTimeoutError     408  request_timeout
     │   ├── BodyTooLargeError      413  body_too_large
     │   └── EncodingError          415  unsupported_encoding
+    ├── QuotaError                 429  rate_limit_exceeded
     ├── KeysUnknownError           503  keys_unknown: the store was not read yet
     ├── OverloadError              503  too_many_connections, too_many_requests: we are full
     │   ├── HeldTooManyError       503  too_many_held
@@ -89,6 +90,21 @@ class KeysUnknownError(RouterError):
 
     def __init__(self) -> None:
         super().__init__("this router does not know the API keys yet")
+
+
+class QuotaError(RouterError):
+    """A key's limit is used up for now."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, what: str, limit: int, retry_after_s: int) -> None:
+        """`what`: "requests" or "tokens", as OpenAI's `type` says."""
+        super().__init__(
+            f"rate limit reached: {limit} {what} per minute; try again in {retry_after_s} s"
+        )
+        self.type = what
+        self.retry_after_s = retry_after_s
 
 
 class PathNotFoundError(ClientError):

@@ -304,3 +304,18 @@ class LeasesTwin:
         was_alive = router in self.alive
         self.alive.discard(router)
         return int(was_alive)
+
+
+@dataclass
+class SpendTwin:
+    """scripts/spend.lua: buckets of tokens, each a minute's worth of its limit."""
+
+    buckets: dict[str, tuple[float, int]] = field(default_factory=dict)  # level, microseconds
+
+    def __call__(self, now_us: int, name: str, limit: int, spent: float) -> float:
+        """The level after `spent` is gone."""
+        level, since = self.buckets.get(name, (float(limit), now_us))
+        level = min(limit, level + max(0, now_us - since) / 60e6 * limit) - spent
+        if spent:
+            self.buckets[name] = level, max(now_us, since)
+        return level

@@ -17,6 +17,7 @@ import resource
 import socket
 from collections import Counter
 from collections.abc import Callable
+from math import ceil
 from random import Random
 from typing import cast
 from urllib.parse import unquote
@@ -56,6 +57,7 @@ from roost_router.openai_request import (
 )
 from roost_router.placement import Placement, Placer
 from roost_router.policy.late_binding import LOOK_INTERVAL_S, MIN_LOOK_S
+from roost_router.quotas import Charge, Quotas
 from roost_router.receipts import Receipts
 from roost_router.tokens.prompts import PromptTokens
 
@@ -105,7 +107,8 @@ class DataService:
         self.max_body_bytes = config.max_body_bytes
         self.is_draining = False
         self._ids = RequestIds(os.urandom)
-        self.access = Access(config)
+        self.access = Access(config, now)
+        self._quotas: Quotas = self.access.quotas
         needs_gate = config.asks_for_keys or config.replica_key_file is not None
         self._gate = Gate(self.access) if needs_gate else None
         # Dictionaries for their order: what is done to many at once is done in order of arrival.
@@ -115,7 +118,7 @@ class DataService:
         self._num_sweeps = 0
         self._num_failed = 0  # requests, since connections were last looked at
         self._all_closed = asyncio.Event()
-        self._exchanges: dict[Exchange, None] = {}
+        self._exchanges: dict[Exchange, Charge] = {}
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._next_look: asyncio.TimerHandle | None = None
@@ -311,7 +314,7 @@ class DataService:
 
     def ended(self, exchange: Exchange, record: RequestRecord) -> None:
         """An exchange is over."""
-        self._exchanges.pop(exchange, None)
+        self._settle(self._exchanges.pop(exchange, None), record)
         self.released(record.started_at + record.duration_s)
         is_known = record.replica is not None or self.placer.fleet.knows(record.model)
         self.metrics.observe(record, known_model=is_known)
@@ -335,9 +338,21 @@ class DataService:
             raise EncodingError(encoding.decode("latin-1"))
         if len(self._exchanges) >= self.limits.max_requests:
             raise OverloadError("this router serves too many requests", code="too_many_requests")
-        exchange = Exchange(self, client, request, read_routing_fields(path, request.body))
-        self._exchanges[exchange] = None
+        fields = read_routing_fields(path, request.body)
+        num_tokens = ceil(len(fields.prompt) / self.placer.fleet.bytes_per_token(fields.model))
+        charge = self._quotas.charge(request.head.tenant, num_tokens, self.now())
+        exchange = Exchange(self, client, request, fields)
+        self._exchanges[exchange] = charge
         return exchange
+
+    def _settle(self, charge: Charge | None, record: RequestRecord) -> None:
+        """What a request cost is known."""
+        if charge is None:
+            return
+        if record.replica is None:
+            self._quotas.give_back(charge)
+        else:
+            self._quotas.settle(charge, record.prompt_tokens)
 
     def _refusal(self, client: Downstream, request: Request, error: RouterError) -> Answering:
         self.metrics.refused(error.status)

@@ -10,6 +10,7 @@
         6 bytes of an id          1 header byte, 16 * skip + depth class; mask of holders
     <prefix>leases, <prefix>router:<id>      see scripts/lease.lua
     <prefix>members                          see scripts/register.lua
+    <prefix>quota:<name>                     see scripts/spend.lua
 
 A *holder* is one epoch of one replica in one tier; its *number* is a bit in masks. A mask is
 little-endian, without its first 4 * skip bytes and without trailing bytes, all of them zero: one
@@ -78,7 +79,8 @@ LEASE: Final = _script("lease")
 RELEASE: Final = _script("release")
 REGISTER: Final = _script("register")
 LIST_MEMBERS: Final = _script("list_members")
+SPEND: Final = _script("spend")
 ALL: Final = (
     OPEN_HOLDER, RETIRE_HOLDER, LIST_HOLDERS, ADD, REMOVE, LOOKUP, SWEEP, LEASE, RELEASE,
-    REGISTER, LIST_MEMBERS,
+    REGISTER, LIST_MEMBERS, SPEND,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
     namespace   names of keys in Redis: routers of one secret meet, those of another never do
     seal key    for what only routers read (seal.py)
+    names       keyed hashes of names that stand in keys
     block ids   keyed hashes of block hashes, for what Redis itself looks up
 
 All are keyed BLAKE2b (RFC 7693) of the secret, told apart by `person`. A block hash is a plain
@@ -41,10 +42,17 @@ class ClusterSecret:
         #: Before all keys; the braces keep them in one slot of a Redis Cluster.
         self.prefix: Final = b"roost:{%s}:" % self.namespace.encode()
         self.seal_key: Final = blake2b(key=secret, digest_size=32, person=b"seal").digest()
+        self._names: Final = blake2b(key=secret, digest_size=12, person=b"name")
         self._ids: Final = blake2b(key=secret, digest_size=ID_BYTES, person=b"block id")
 
     def __repr__(self) -> str:
         return f"<ClusterSecret of namespace {self.namespace}>"
+
+    def keyed_name(self, name: str) -> bytes:
+        """What stands for a name in a key: 24 hexadecimal digits."""
+        keyed = self._names.copy()
+        keyed.update(name.encode())
+        return keyed.hexdigest().encode()
 
     def block_ids(self, chain: Sequence[int]) -> bytes:
         """ID_BYTES for each block hash (64 bits) of `chain`. O(blocks), about 0.6 us each."""
