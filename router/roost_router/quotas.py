@@ -69,12 +69,20 @@ class Charge(NamedTuple):
     num_tokens: int
 
 
+_FREE: Final = Charge(None, None, 0)
+
+
 class Quotas:
     """What one router knows of all buckets."""
 
     def __init__(self) -> None:
         self.num_routers = 1  # that share the limits, as last heard
         self._meters: dict[str, Meter] = {}
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether anybody has one."""
+        return bool(self._meters)
 
     def set_limits(self, limits: Mapping[str, Limits], now: float) -> None:
         """From now on these hold, by name. O(names)."""
@@ -91,6 +99,8 @@ class Quotas:
 
     def charge(self, owner: str, num_tokens: int, now: float) -> Charge:
         """A request of that name comes in. Raises QuotaError. O(1)."""
+        if not self._meters:
+            return _FREE
         requests = self._meters.get(f"r:{owner}")
         tokens = self._meters.get(f"t:{owner}")
         for meter, what in ((requests, "requests"), (tokens, "tokens")):

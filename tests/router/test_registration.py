@@ -18,7 +18,10 @@ from roost.cli import main
 from roost_router.app import Router
 from roost_router.discovery.registrar import Registrar
 from roost_router.fleet.replica import Membership
+from roost_router.keys import make_key
+from roost_router.store import scripts
 from roost_router.store.members import Members
+from roost_router.store.published_keys import PublishedKeys
 from roost_router.store.secret import ClusterSecret
 
 SECRET = "a secret that is thirty-two bytes"
@@ -239,6 +242,21 @@ async def test_a_full_store_still_takes_beats(replicas, server):
             await members.write(b"x", url, 60, 1.0)
 
         assert [one.url for one in await members.read(1.0)] == ["http://b"]
+
+
+async def test_a_user_with_the_rights_that_we_deploy_may_do_all_this():
+    rights = (Path(__file__).parents[2] / "deploy/redis/roost.acl").read_text().strip()
+    users = ["user default off", f"user roost on >secret {rights}"]
+    secret = ClusterSecret(SECRET.encode())
+    with RedisServer(users=users) as server:
+        async with open_store(f"redis://roost:secret@127.0.0.1:{server.port}") as store:
+            members, published = Members(store, secret), PublishedKeys(store, secret)
+            await members.write(b"x", "http://a", 60, 1.0)
+            assert len(await members.read(1.0)) == 1
+            assert await published.publish(make_key(b"k" * 32)[1], 1) == 1
+            await published.restore(b"")
+            args = (b"x", 60, b"1")
+            assert await store.call(scripts.SPEND, (secret.prefix + b"quota:",), args, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Spending:
         """Go on until cancelled."""
         while True:
             await self.tell()
-            await asyncio.sleep(TELL_S)
+            await asyncio.sleep(TELL_S if self._quotas.has_limits else LOOK_S)
 
     async def tell(self) -> None:
         """Once, if there is anything to tell or to look at; never raises."""
