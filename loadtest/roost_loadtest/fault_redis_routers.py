@@ -34,7 +34,7 @@ class RouterFaultConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What is played. Seconds."""
 
     kills: int = 20
-    colds: int = 6
+    colds: int = 12
     clients: int = 32
     replicas: int = 4
     warm_s: float = 5.0

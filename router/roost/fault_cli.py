@@ -181,7 +181,7 @@ def aborts(**options: Any) -> None:
 @click.option("--seconds", type=click.FloatRange(1.0), default=10.0, help="Of each fault.")
 @click.option("--window", type=click.FloatRange(0.5), default=5.0, help="Seconds of a hit rate.")
 @click.option("--kills", type=_SOME, default=20, help="SIGKILLs of routers.")
-@click.option("--colds", type=_SOME, default=6, help="Cold starts.")
+@click.option("--colds", type=_SOME, default=12, help="Cold starts.")
 @click.option(
     "--redis-version",
     type=click.Choice(["6.2", "8.2"]),
