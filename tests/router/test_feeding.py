@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from asking import complete, get, until
-from redis_servers import VERSIONS, RedisServer
 
+from roost_loadtest.redis_servers import VERSIONS, RedisServer
 from roost_router.store import feeder
 from roost_router.store.address import parse_address
 from roost_router.store.client import Store

@@ -7,8 +7,8 @@ import contextlib
 from random import Random
 
 import pytest
-from redis_servers import VERSIONS, RedisServer
 
+from roost_loadtest.redis_servers import VERSIONS, RedisServer
 from roost_router.fleet.fleet import Fleet
 from roost_router.index.prefix_index import PrefixIndex
 from roost_router.index.token_identity import chain_root, follow, local_hashes

@@ -11,10 +11,10 @@ import pytest
 from asking import get, until
 from click.testing import CliRunner, Result
 from processes import Process
-from redis_servers import RedisServer
 from stores import open_store
 
 from roost.cli import main
+from roost_loadtest.redis_servers import RedisServer
 from roost_router.app import Router
 from roost_router.config import ConfigError, RouterConfig
 from roost_router.keys import KeyFileError, make_key

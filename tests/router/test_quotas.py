@@ -12,10 +12,10 @@ from typing import Any
 import aiohttp
 import pytest
 from asking import until
-from redis_servers import RedisServer
 from redis_twins import SpendTwin
 from stores import open_store
 
+from roost_loadtest.redis_servers import RedisServer
 from roost_router.app import Router
 from roost_router.errors import QuotaError
 from roost_router.keys import KeyFileError, make_key, parse_keys

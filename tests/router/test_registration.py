@@ -11,10 +11,10 @@ from asking import complete, until
 from click.testing import CliRunner
 from fake_replica import FakeReplica
 from processes import Process
-from redis_servers import RedisServer
 from stores import open_store
 
 from roost.cli import main
+from roost_loadtest.redis_servers import RedisServer
 from roost_router.app import Router
 from roost_router.discovery.registrar import Registrar
 from roost_router.fleet.replica import Membership

@@ -10,10 +10,9 @@ import pytest
 from asking import PROMPT, complete, get, until
 
 from roost_loadtest.redis_servers import RedisServer
-from roost_router.store import link
-
 from roost_router import app
 from roost_router.openai_request import read_routing_fields
+from roost_router.store import link
 
 SECRET = "a secret that is thirty-two bytes"
 
