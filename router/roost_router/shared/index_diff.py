@@ -137,7 +137,7 @@ class TokenView:
         steps: list[Step] = []
         self._num_walked = 0
         for place, (key, block) in enumerate(noted):
-            if self._num_walked > most:  # looking for their depths takes as long as they do
+            if self._num_walked > most // 4:  # to look for depths takes longer than the rest
                 for later in noted[place:]:
                     self._changed.setdefault(*later)
                 break
