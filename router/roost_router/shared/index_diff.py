@@ -118,7 +118,7 @@ class TokenView:
         self._changed: Final[dict[int, int]] = {}
         self._place = 0  # of the next bucket to read of those that were there before
         self._depths = PackedTable(_DEPTH_BYTES)
-        self._num_walked = 0  # blocks whose depth the last call of `take` looked for
+        self._num_walked = 0  # further blocks that the last call of `take` looked at for depths
         index.watch(holder, self._changed)
 
     @property
@@ -180,7 +180,7 @@ class TokenView:
             if known is None:
                 path = [key]
                 known = MAX_DEPTH.to_bytes(_DEPTH_BYTES, "little")
-        self._num_walked += len(path)
+        self._num_walked += max(0, len(path) - 1)
         depth = -1 if known is None else _unpack(known)
         for one in reversed(path):
             depth = min(depth + 1, MAX_DEPTH)
