@@ -18,6 +18,8 @@ from roost_router.store.index import HolderName, RedisIndex
 from roost_router.store.secret import ClusterSecret
 from roost_wire.kv_events import Tier
 
+pytestmark = pytest.mark.e2e  # Redis, routers and others, as processes
+
 SECRET = ClusterSecret(b"a secret that is thirty-two bytes")
 
 

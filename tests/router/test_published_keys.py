@@ -21,6 +21,8 @@ from roost_router.keys import KeyFileError, make_key
 from roost_router.store.published_keys import KeyFollower, PublishedKeys, UnusableKeysError
 from roost_router.store.secret import ClusterSecret
 
+pytestmark = pytest.mark.e2e  # Redis, routers and others, as processes
+
 SECRET = "a secret that is thirty-two bytes"
 CLUSTER = ClusterSecret(SECRET.encode())
 KEY = CLUSTER.prefix + b"api-keys"

@@ -24,6 +24,8 @@ from roost_router.store.members import Members
 from roost_router.store.published_keys import PublishedKeys
 from roost_router.store.secret import ClusterSecret
 
+pytestmark = pytest.mark.e2e  # Redis, routers and others, as processes
+
 SECRET = "a secret that is thirty-two bytes"
 LIFE_S = 5.0
 Register = Callable[..., Process]

@@ -1,8 +1,8 @@
 """What this router has to tell the others: noted while it works, taken in batches. Pure.
 
-The placer notes; who sends (store/exchange.py) takes a batch every few milliseconds. Nothing is
+The placer notes; who sends (store/link.py) takes a batch every few milliseconds. Nothing is
 kept for later: where a batch could not be sent, or there was nobody to send to, the others get a
-whole view of each replica instead (`tell_all`), which says no less. So the journal is never larger
+whole view of each replica instead, which says no less. So the journal is never larger
 than what comes between two batches, and at most MAX_NEWS long.
 
 Only a replica's *feeder*, one router at a time, tells what least recent use evicts there: others
