@@ -18,6 +18,8 @@ from roost_router.store import scripts
 from roost_router.store.masks import depth_classes
 from roost_router.store.scripts import Script
 
+pytestmark = pytest.mark.e2e
+
 PREFIX = b"roost:{1a2b3c4d}:"
 TABLE = PREFIX + b"holders"
 TTL_S = 86_400

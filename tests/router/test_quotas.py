@@ -284,6 +284,7 @@ def options(tmp_path, server):
     return {"redis": server.url, "redis_secret_file": secret, "api_keys_file": keys}
 
 
+@pytest.mark.e2e
 async def test_three_real_routers_share_a_limit(options, start_router, replicas):
     options["api_keys_file"].write_text(f"{ALICES} alice rpm=240\n{BOBS} bob\n")
     routers = [await start_router(*replicas, **options) for _ in range(3)]

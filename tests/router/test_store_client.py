@@ -18,6 +18,8 @@ from roost_router.store.address import AddressError, parse_address
 from roost_router.store.client import COMMANDS, Store
 from roost_router.store.errors import StoreError, StoreFault
 
+pytestmark = pytest.mark.e2e
+
 KEY = b"roost:{t}:news"
 SUM = Lua("return {KEYS[1], ARGV[1] + ARGV[2], false, {1, 'a'}}")
 
