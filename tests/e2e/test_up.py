@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -94,10 +95,18 @@ def test_children_end_when_up_is_killed():
     until(lambda: not any(is_alive(child) for child in children))
 
 
+def free_pair(first: int) -> int:
+    """The first of two free ports in a row, where nobody is given any port that is free."""
+    for port in range(first + os.getpid() % 2000, first + 6000, 2):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two free ports in a row")
+
+
 def two_routers(*options: str) -> subprocess.Popen[str]:
-    port = admin_port = free_port()
-    while abs(port - admin_port) < 2:  # each has two in a row
-        admin_port = free_port()
+    port, admin_port = free_pair(20_000), free_pair(26_000)
     return start_up("--redis", "--routers", "2", *options, port=port, admin_port=admin_port)
 
 
