@@ -334,7 +334,7 @@ MUTANTS = (
     ),
     Mutant(
         f"{_HTTP}.service",
-        "self._exchanges.pop(exchange, None)",
+        "self._settle(self._exchanges.pop(exchange, None), record)",
         "pass",
         ("calm",),
     ),
